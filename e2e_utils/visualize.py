@@ -1,0 +1,189 @@
+"""Pictures: boxes on tiles and scenes, learning curves, bars.
+
+Copy: this file.
+
+One style throughout: a class keeps its colour in every picture, and a legend names
+the classes instead of captions on boxes that are smaller than a letter.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """The RGB colour (0..255) of a label; neighbouring labels differ in hue."""
+    hue = (label * 0.618034) % 1.0  # golden ratio: far apart for any number of classes
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label % 2 else 0.65, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    scores: Sequence[float] | None = None,
+    *,
+    scale: float = 1.0,
+    captions: bool = False,
+    thickness: int = 1,
+) -> np.ndarray:
+    """A copy of a picture with its boxes.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        boxes_xyxy: (N, 4) in pixels of `image`.
+        labels: (N,) of 1..C.
+        class_names: name of each label, the background first.
+        scores: (N,) in 0..1, shown in the captions.
+        scale: enlarge (> 1) or shrink the picture first; lines stay sharp.
+        captions: write name and score above each box.
+        thickness: of the lines, in pixels of the result.
+
+    Returns:
+        uint8 (round(H * scale), round(W * scale), 3), RGB.
+    """
+    height, width = image.shape[:2]
+    size = (round(width * scale), round(height * scale))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    canvas = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
+    for index, (box, label) in enumerate(zip(boxes_xyxy, labels, strict=True)):
+        x1, y1, x2, y2 = (round(float(value) * scale) for value in box)
+        color = class_color(int(label))
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, thickness)
+        if captions:
+            text = class_names[int(label)]
+            if scores is not None:
+                text += f" {float(scores[index]):.2f}"
+            _caption(canvas, text, x1, y1, color)
+    return canvas
+
+
+def _caption(canvas: np.ndarray, text: str, x: int, y: int, color: tuple) -> None:
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.38
+    (width, height), _ = cv2.getTextSize(text, font, size, 1)
+    top = max(y, height + 4)
+    left = max(0, min(x, canvas.shape[1] - width - 2))
+    corner = (left + width + 2, top)
+    cv2.rectangle(canvas, (left, top - height - 4), corner, color, -1)
+    dark = sum(color) > 380
+    ink = (0, 0, 0) if dark else (255, 255, 255)
+    cv2.putText(canvas, text, (left + 1, top - 3), font, size, ink, 1, cv2.LINE_AA)
+
+
+def show(
+    images: np.ndarray | Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    width: float = 9.0,
+    labels: Sequence[int] = (),
+    class_names: Sequence[str] = (),
+) -> Figure:
+    """Pictures side by side, with a legend of the classes.
+
+    Args:
+        images: one or more uint8 (H, W, 3) pictures, RGB.
+        titles: one for each.
+        columns: pictures in a row; all in one row by default.
+        width: of the figure in inches.
+        labels: the labels that the legend explains; repeated ones count once.
+        class_names: name of each label.
+    """
+    images = [images] if isinstance(images, np.ndarray) else list(images)
+    columns = columns or len(images)
+    rows = -(-len(images) // columns)
+    aspect = max(image.shape[0] / image.shape[1] for image in images)
+    present = sorted({int(label) for label in labels})
+    extra = 0.25 * bool(titles) * rows + 0.25 * -(-len(present) // 5)
+    height = width / columns * aspect * rows + extra
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for index, image in enumerate(images):
+        axis = axes.flat[index]
+        axis.imshow(image, interpolation="antialiased")
+        if titles:
+            axis.set_title(titles[index], fontsize=10)
+    if present:
+        handles = [
+            Patch(color=np.array(class_color(i)) / 255, label=class_names[i])
+            for i in present
+        ]
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(5, len(present)),
+            fontsize=9,
+            frameon=False,
+        )
+    plt.close(figure)  # a notebook shows the returned figure, once
+    return figure
+
+
+def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
+    """Loss and a validation score against the step.
+
+    Args:
+        records: lines of metrics.jsonl: {"step", "loss", ...} or {"step", score, ...}.
+        score: the key of the validation score, 0..1.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    scores = [(r["step"], r[score]) for r in records if r.get(score) is not None]
+    left.plot(*zip(*losses, strict=True), color="tab:blue")
+    left.set(xlabel="step", ylabel="loss (mean of 20 steps)", ylim=(0, None))
+    right.plot(*zip(*scores, strict=True), "o-", color="tab:orange")
+    right.set(xlabel="step", ylabel=f"{score}, validation tiles", ylim=(0, 1))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def bars(
+    values: dict[str, float],
+    xlabel: str,
+    *,
+    class_names: Sequence[str] = (),
+    log: bool = False,
+    form: str = "{:.2f}",
+) -> Figure:
+    """Horizontal bars, largest first, each with its value.
+
+    Args:
+        values: name -> value.
+        xlabel: what the bars measure, with its unit.
+        class_names: colours the bars as in `draw_boxes` where names are classes.
+        log: logarithmic axis.
+        form: format of the values beside the bars.
+    """
+    order = sorted(values, key=values.get)
+    colors = [
+        np.array(class_color(list(class_names).index(name))) / 255
+        if name in class_names
+        else "tab:blue"
+        for name in order
+    ]
+    height = 0.7 + 0.28 * len(order)
+    figure, axis = plt.subplots(figsize=(7.5, height), layout="constrained")
+    drawn = axis.barh(order, [values[name] for name in order], color=colors)
+    axis.bar_label(drawn, [form.format(values[n]) for n in order], padding=3, size=9)
+    axis.set_xlabel(xlabel)
+    if log:
+        axis.set_xscale("log")
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure

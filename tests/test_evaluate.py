@@ -1,0 +1,137 @@
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from e2e_utils.data import CocoTiles, eval_loader
+from e2e_utils.evaluate import coco_metrics, detect, to_coco
+
+
+def scene(boxes: int, seed: int, images: int = 4) -> tuple[dict, list]:
+    """Random ground truth and jittered, partly wrong detections of two classes."""
+    rng = np.random.default_rng(seed)
+    truth, found = [], []
+    for image_id in range(1, images + 1):
+        for _ in range(boxes):
+            x, y = rng.uniform(0, 1000, 2)
+            w, h = rng.uniform(8, 120, 2)
+            category = int(rng.integers(0, 2))
+            row = {"image_id": image_id, "category_id": category}
+            truth.append(
+                {
+                    **row,
+                    "id": len(truth) + 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+            shift = rng.normal(0, 0.12, 4) * [w, h, w, h]
+            box = [x + shift[0], y + shift[1], w + abs(shift[2]), h + abs(shift[3])]
+            if rng.random() < 0.1:
+                row["category_id"] = 1 - category
+            found.append({**row, "bbox": box, "score": float(rng.random())})
+    return {
+        "images": [
+            {"id": i, "width": 1100, "height": 1100} for i in range(1, images + 1)
+        ],
+        "annotations": truth,
+        "categories": [{"id": i, "name": n} for i, n in enumerate("abc")],
+    }, found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_figures_equal_those_of_pycocotools(seed):
+    truth, found = scene(60, seed)
+    ours = coco_metrics(truth, found, max_dets=(1, 10, 100))
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO()
+        reference.dataset = truth
+        reference.createIndex()
+        run = COCOeval(reference, reference.loadRes(found), "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
+    names += ["AR_1", "AR_10", "AR_100"]
+    assert [ours[n] for n in names] == pytest.approx(run.stats[:9], abs=1e-6)
+
+
+def test_a_perfect_detector_is_capped_only_by_max_dets():
+    truth, _ = scene(150, seed=7, images=1)
+    perfect = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth["annotations"]
+    ]
+    assert coco_metrics(truth, perfect)["AP50"] == pytest.approx(1.0)
+    # 150 objects of two classes, about 75 each: a cap of 30 a class hides the rest
+    assert coco_metrics(truth, perfect, (1, 10, 30))["AP50"] < 0.5
+
+
+def test_only_classes_that_occur_are_averaged_and_listed():
+    truth, found = scene(20, seed=1)
+    assert set(coco_metrics(truth, found)["per_class"]) == {"a", "b"}
+
+
+def test_no_detections_score_zero():
+    truth, _ = scene(5, seed=1)
+    metrics = coco_metrics(truth, [])
+    assert metrics["AP"] == 0.0 and metrics["AR_500"] == 0.0
+
+
+def test_a_detection_for_an_unknown_image_is_an_error():
+    truth, found = scene(5, seed=1)
+    with pytest.raises(ValueError, match=r"not in the ground truth: \[99\]"):
+        coco_metrics(truth, [{**found[0], "image_id": 99}])
+
+
+def test_a_subset_of_images_is_scored_alone():
+    truth, found = scene(20, seed=3)
+    kept = [d for d in found if d["image_id"] != 2]
+    assert coco_metrics(truth, kept, image_ids=[1, 3, 4]) == coco_metrics(
+        truth, found, image_ids=[1, 3, 4]
+    )
+
+
+def test_labels_become_category_ids_and_boxes_xywh():
+    output = {
+        "boxes": torch.tensor([[10.0, 20, 30, 60]]),
+        "labels": torch.tensor([2]),
+        "scores": torch.tensor([0.5]),
+    }
+    row = {"image_id": 4, "bbox": [10, 20, 20, 40], "score": 0.5}
+    assert to_coco(4, output) == [{**row, "category_id": 1}]
+    assert to_coco(4, output, [11, 18]) == [{**row, "category_id": 18}]
+
+
+class Oracle(torch.nn.Module):
+    """A test double: answers each tile with the boxes it was told."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.answers = iter(
+            {
+                "boxes": t["boxes"],
+                "labels": t["labels"],
+                "scores": torch.ones(len(t["labels"])),
+            }
+            for _, t in dataset
+        )
+
+    def forward(self, images):
+        assert all(i.dtype == torch.float32 and i.max() <= 1 for i in images)
+        return [next(self.answers) for _ in images]
+
+
+def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
+    dataset = CocoTiles(tiles / "val_images_300_02", tiles / "val_300_02.json")
+    model = Oracle(dataset).train()
+    found = detect(model, eval_loader(dataset, 2), "cpu", dataset.category_ids)
+    assert model.training
+    truth = json.loads((tiles / "val_300_02.json").read_text())
+    assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
