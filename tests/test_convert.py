@@ -1,0 +1,447 @@
+"""xView labels against the original script's way, defects by reason, PNG copies."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sahi.utils.coco import Coco, CocoAnnotation, CocoCategory, CocoImage
+
+from e2e_utils.convert import geojson_to_coco, read_classes, tif_to_rgb
+from e2e_utils.scenes import FailedScenes
+
+HEIGHT, WIDTH = 60, 80
+
+
+def feature(image_id, bounds, type_id=18, cat_id="A", **more):
+    ring = [[36.0, 51.0], [36.1, 51.0], [36.1, 51.1], [36.0, 51.0]]
+    return {
+        "type": "Feature",
+        "properties": {
+            "bounds_imcoords": bounds,
+            "edited_by": "someone",
+            "cat_id": cat_id,
+            "type_id": type_id,
+            "ingest_time": "2017/07/24 12:49:09.118+00",
+            "index_right": 2356,
+            "image_id": image_id,
+            "point_geom": "01010000",
+            "feature_id": 374410,
+            "grid_file": "Grid2.shp",
+            **more,
+        },
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+    }
+
+
+def write_xview(folder, numbers, features):
+    scenes = folder / "train_images"
+    scenes.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        pixels = np.full((HEIGHT, WIDTH, 3), number % 256, np.uint8)
+        tifffile.imwrite(scenes / f"{number}.tif", pixels, photometric="rgb")
+    (scenes / "._5.tif").write_bytes(b"\0\5\x16\7 macOS metadata")
+    path = folder / "xView_train.geojson"
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
+    collection = {"type": "FeatureCollection", "crs": crs, "features": features}
+    path.write_text(json.dumps(collection))
+    return scenes, path
+
+
+def convert(folder, numbers, features, out="coco", **options):
+    scenes, labels = write_xview(folder, numbers, features)
+    report = geojson_to_coco(scenes, labels, folder / out, **options)
+    splits = [json.loads((folder / out / f"{s}.json").read_text()) for s in SPLITS]
+    return report, *splits
+
+
+SPLITS = ("train", "val")
+
+
+def original_way(scenes, labels, rate):
+    """The original script's steps, less the boxes wholly outside their scene."""
+    classes, coco = read_classes(), Coco()
+    for category_id, name in classes.values():
+        coco.add_category(CocoCategory(id=category_id, name=name))
+    by_image = defaultdict(list)
+    for row in json.loads(labels.read_text())["features"]:
+        row = row["properties"]
+        if row["bounds_imcoords"] and (scenes / row["image_id"]).exists():
+            by_image[row["image_id"]].append(row)
+    for name in sorted(by_image, key=lambda name: int(name.split(".")[0])):
+        image = CocoImage(file_name=name, height=HEIGHT, width=WIDTH)
+        for row in by_image[name]:
+            x1, y1, x2, y2 = (int(n) for n in row["bounds_imcoords"].split(","))
+            if row["type_id"] not in classes:
+                continue
+            outside = max(x1, x2) <= 0 or max(y1, y2) <= 0
+            if outside or min(x1, x2) >= WIDTH or min(y1, y2) >= HEIGHT:
+                continue
+            category_id, category = classes[row["type_id"]]
+            box = CocoAnnotation(
+                bbox=[x1, y1, x2 - x1, y2 - y1],
+                category_id=category_id,
+                category_name=category,
+            )
+            if box.area > 0:
+                image.add_annotation(box)
+        coco.add_image(image)
+    halves = coco.split_coco_as_train_val(train_split_rate=rate)
+    return [halves[f"{split}_coco"].json for split in SPLITS]
+
+
+bounds = st.tuples(*[st.integers(-30, 110)] * 4).map(lambda b: ",".join(map(str, b)))
+labels = st.lists(
+    st.tuples(
+        st.sampled_from(["1.tif", "2.tif", "10.tif", "33.tif", "1395.tif"]),
+        bounds | st.sampled_from(["", [], None]),
+        st.sampled_from([11, 18, 73, 75, 82, 94]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(labels, st.sampled_from([0.0, 0.5, 0.75, 1.0]))
+def test_files_are_those_of_the_original_script(tmp_path_factory, rows, rate):
+    folder = tmp_path_factory.mktemp("case")
+    features = [feature(*row) for row in rows]
+    report, *splits = convert(folder, [1, 2, 10, 33], features, train_split_rate=rate)
+    state = random.getstate()
+    theirs = original_way(folder / "train_images", folder / "xView_train.geojson", rate)
+    random.setstate(state)
+    assert splits == theirs
+    for mine, other in zip(splits, theirs, strict=True):
+        assert list(mine) == list(other)
+        for what in ("images", "annotations", "categories"):
+            assert [list(row) for row in mine[what]] == [
+                list(row) for row in other[what]
+            ]
+    assert report.features == report.kept + sum(report.dropped.values()) == len(rows)
+    assert report.kept == sum(report.annotations.values())
+
+
+def test_every_defect_is_dropped_and_counted_by_its_reason(tmp_path):
+    defects = {
+        "empty bounds": ["", [], None],
+        "malformed bounds": ["1,2,3", "1,2,3,4,5", "a,2,3,4", "1,,3,4", "1.5,2,3,4"],
+        "zero area": ["5,5,5,9", "5,5,9,5"],
+        "outside the scene": ["80,0,90,9", "0,60,9,70", "-9,0,0,9", "0,-9,9,0"],
+    }
+    features = [feature("1.tif", b) for rows in defects.values() for b in rows]
+    features += [feature("1.tif", "1,2,3,4", type_id) for type_id in (75, 82)]
+    features += [feature("1395.tif", "1,2,3,4"), feature("._5.tif", "1,2,3,4")]
+    kept = ["-5,-5,9,9", "70,50,100,90", "9,9,4,4", " 1, 2, 3, 4 "]
+    features += [feature("1.tif", b) for b in kept]
+    report, train, _ = convert(tmp_path, [1, 2], features, train_split_rate=1)
+    assert report.dropped == {
+        **{reason: len(rows) for reason, rows in defects.items()},
+        "scene missing": 2,
+        "unknown class": 2,
+    }
+    assert report.features == len(features) and report.kept == len(kept)
+    assert report.unlabelled == 1
+    boxes = [row["bbox"] for row in train["annotations"]]
+    assert boxes == [[-5, -5, 14, 14], [70, 50, 30, 40], [4, 4, 5, 5], [1, 2, 2, 2]]
+    for line in (f"features read{len(features):>23}", "dropped: unknown class"):
+        assert line in str(report)
+
+
+def test_scene_whose_labels_are_all_dropped_stays_in_a_split(tmp_path):
+    features = [feature("1.tif", "1,2,3,4", 75)]
+    report, train, val = convert(tmp_path, [1], features)
+    assert report.images == {"train": 0, "val": 1} and val["annotations"] == []
+
+
+def test_all_sixty_classes_are_listed_in_ascending_type_id(tmp_path):
+    _, train, val = convert(tmp_path, [1], [feature("1.tif", "1,2,3,4", 94)])
+    assert [row["id"] for row in train["categories"]] == list(range(60))
+    assert train["categories"] == val["categories"]
+    assert train["categories"][0]["name"] == "Fixed-wing Aircraft"
+    assert val["annotations"][0]["category_id"] == 59
+    assert sorted(read_classes()) == list(read_classes())
+    assert {75, 82}.isdisjoint(read_classes())
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    random.seed(5)
+    state = random.getstate()
+    convert(tmp_path, [1, 2], [feature("1.tif", "1,2,3,4")])
+    assert random.getstate() == state
+
+
+def test_remapping_and_label_files_replace_the_table(tmp_path):
+    names, mapping = tmp_path / "labels.txt", tmp_path / "map.json"
+    names.write_text("11:Plane\n18:Car\n73:House\n")
+    mapping.write_text('{"18": "0", "73": "1"}')
+    features = [feature("1.tif", "1,2,3,4", t) for t in (11, 18, 73)]
+    report, train, _ = convert(
+        tmp_path,
+        [1],
+        features,
+        train_split_rate=1,
+        category_id_remapping=mapping,
+        xview_class_labels=names,
+    )
+    assert report.dropped["unknown class"] == 1
+    assert [(c["id"], c["name"]) for c in train["categories"]] == [
+        (0, "Car"),
+        (1, "House"),
+    ]
+    assert [row["category_id"] for row in train["annotations"]] == [0, 1]
+    names.write_text("no colon here")
+    with pytest.raises(ValueError, match="labels.txt: not a class table"):
+        read_classes(mapping, names)
+    mapping.write_text('{"99": "0"}')
+    with pytest.raises(ValueError, match="map.json: type_id 99 is no class of xView"):
+        read_classes(mapping)
+
+
+def test_rgb_copies_are_named_in_the_files_if_given(tmp_path):
+    scenes, labels = write_xview(tmp_path, [1, 2], [feature("2.tif", "1,2,3,4")])
+    rgb = tmp_path / "rgb"
+    rgb.mkdir()
+    with pytest.raises(FileNotFoundError, match="2.png is missing.*tif_to_rgb"):
+        geojson_to_coco(scenes, labels, tmp_path, train_images_dir_rgb=rgb)
+    tif_to_rgb(scenes, rgb, progress=False)
+    geojson_to_coco(scenes, labels, tmp_path, train_images_dir_rgb=rgb)
+    val = json.loads((tmp_path / "val.json").read_text())
+    size = {"height": HEIGHT, "width": WIDTH}
+    assert val["images"] == [{**size, "id": 1, "file_name": "2.png"}]
+
+
+def test_grouped_split_keeps_places_together_and_balances_classes(tmp_path):
+    rng = random.Random(0)
+    features = []
+    for number in range(1, 61):
+        place = f"catalog {number % 20}"
+        for _ in range(rng.randint(1, 30)):
+            type_id = rng.choices([18, 73, 11], [8, 4, 1])[0]
+            features.append(feature(f"{number}.tif", "1,2,3,4", type_id, place))
+    report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
+    place = {f["properties"]["image_id"]: f["properties"]["cat_id"] for f in features}
+    places = [{place[i["file_name"]] for i in part["images"]} for part in (train, val)]
+    assert places[0].isdisjoint(places[1])
+    assert abs(report.images["train"] / 60 - 0.75) <= 0.1
+    for category in (read_classes()[t][0] for t in (18, 73, 11)):
+        n = [
+            sum(row["category_id"] == category for row in part["annotations"])
+            for part in (train, val)
+        ]
+        assert abs(n[0] / sum(n) - 0.75) < 0.1
+    again = convert(tmp_path, range(1, 61), features, out="b", split="grouped")
+    assert again[1:] == (train, val)
+    one_place = [feature(f"{n}.tif", "1,2,3,4") for n in (1, 2)]
+    with pytest.raises(ValueError, match="all scenes have the cat_id 'A'"):
+        convert(tmp_path, [1, 2], one_place, split="grouped")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "truncated"),
+        ("not json", "malformed"),
+        ('{"type": "FeatureCollection", "features": [', "truncated"),
+        ('{"type": "Feature", "features": []}', r"'Feature' - at `\$.type`"),
+        ('{"type": "FeatureCollection"}', "missing required field `features`"),
+        (
+            '{"type": "FeatureCollection", "features": [{"properties":'
+            ' {"bounds_imcoords": "1,2,3,4", "type_id": 18}}]}',
+            r"missing required field `image_id` - at `\$.features\[0\].properties`",
+        ),
+        (
+            '{"type": "FeatureCollection", "features": [{"properties":'
+            ' {"bounds_imcoords": "1", "type_id": "car", "image_id": "1.tif"}}]}',
+            r"Expected `int`, got `str` - at `\$.features\[0\].properties.type_id`",
+        ),
+    ],
+)
+def test_broken_label_file_is_named_with_the_field(tmp_path, content, said):
+    scenes, labels = write_xview(tmp_path, [1], [])
+    labels.write_text(content)
+    with pytest.raises(ValueError, match=said) as failure:
+        geojson_to_coco(scenes, labels, tmp_path / "coco")
+    assert str(labels) in str(failure.value)
+    assert not (tmp_path / "coco").exists()
+
+
+def test_missing_folder_bad_rate_and_bad_split_are_quoted(tmp_path):
+    scenes, labels = write_xview(tmp_path, [1], [])
+    with pytest.raises(OSError, match="nowhere is no folder"):
+        geojson_to_coco(tmp_path / "nowhere", labels, tmp_path)
+    with pytest.raises(ValueError, match="train_split_rate is 75"):
+        geojson_to_coco(scenes, labels, tmp_path, 75)
+    with pytest.raises(ValueError, match="split is 'random'"):
+        geojson_to_coco(scenes, labels, tmp_path, split="random")
+
+
+def test_labelled_scene_that_is_no_image_is_named(tmp_path):
+    scenes, labels = write_xview(tmp_path, [1], [feature("1.tif", "1,2,3,4")])
+    (scenes / "1.tif").write_text("no image")
+    with pytest.raises(ValueError, match="1.tif: cannot be read as a scene"):
+        geojson_to_coco(scenes, labels, tmp_path)
+
+
+# TIFF to PNG
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    folder = tmp_path / "tif"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("1.tif", "22.TIF", "3.tif"):
+        pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+        tifffile.imwrite(folder / name, pixels, photometric="rgb")
+    (folder / "._1.tif").write_bytes(b"\0\5\x16\7")
+    return folder
+
+
+def png(path):
+    return cv2.cvtColor(cv2.imread(str(path), -1), cv2.COLOR_BGR2RGB)
+
+
+def test_png_has_the_pixels_of_the_scene(scenes, tmp_path):
+    report = tif_to_rgb(scenes, tmp_path / "png", progress=False)
+    assert (report.converted, report.skipped) == (3, 0)
+    assert sorted(f.name for f in (tmp_path / "png").iterdir()) == [
+        "1.png",
+        "22.png",
+        "3.png",
+    ]
+    stored = tifffile.imread(scenes / "22.TIF")
+    assert np.array_equal(png(tmp_path / "png" / "22.png"), stored)
+
+
+def test_intact_png_is_skipped_and_any_other_is_written_again(scenes, tmp_path):
+    out = tmp_path / "png"
+    tif_to_rgb(scenes, out, progress=False)
+    report = tif_to_rgb(scenes, out, progress=False)
+    assert (report.converted, report.skipped) == (0, 3)
+    (out / "1.png").write_bytes((out / "1.png").read_bytes()[:-20])
+    cv2.imwrite(str(out / "3.png"), np.zeros((9, 9, 3), np.uint8))
+    newer = (out / "22.png").stat().st_mtime + 10
+    os.utime(scenes / "22.TIF", (newer, newer))
+    assert tif_to_rgb(scenes, out, progress=False).converted == 3
+    for name in ("1", "3"):
+        stored = tifffile.imread(scenes / f"{name}.tif")
+        assert np.array_equal(png(out / f"{name}.png"), stored)
+    assert tif_to_rgb(scenes, out, overwrite=True, progress=False).converted == 3
+
+
+def test_what_is_not_8_bit_is_named_with_its_dtype_and_the_rest_goes_on(
+    scenes, tmp_path
+):
+    deep = np.ones((40, 50, 3), np.uint16)
+    tifffile.imwrite(scenes / "4.tif", deep, photometric="rgb")
+    (scenes / "5.tif").write_bytes((scenes / "1.tif").read_bytes()[:999])
+    with pytest.raises(FailedScenes) as failure:
+        tif_to_rgb(scenes, tmp_path / "png", progress=False)
+    assert "4.tif: 3 band(s) of uint16" in str(failure.value)
+    assert "5.tif: cannot be read as a scene: truncated" in str(failure.value)
+    assert failure.value.report.converted == 3
+
+
+def test_16_bit_is_scaled_by_an_explicit_percentile(scenes, tmp_path):
+    ramp = np.linspace(1000, 3000, 40 * 50).reshape(40, 50)
+    deep = np.stack([ramp, ramp * 2, ramp * 0 + 7], axis=2).astype(np.uint16)
+    tifffile.imwrite(scenes / "4.tif", deep, photometric="rgb")
+    out = tmp_path / "png"
+    tif_to_rgb(scenes, out, percentile=2, progress=False)
+    scaled = png(out / "4.png")
+    assert scaled.dtype == np.uint8
+    assert abs(int((scaled[..., 0] == 0).sum()) - 40) <= 12
+    assert np.abs(scaled[..., 0].astype(int) - scaled[..., 1]).max() <= 1
+    assert not scaled[..., 2].any()
+    stored = tifffile.imread(scenes / "1.tif")
+    assert np.array_equal(png(out / "1.png"), stored)
+    with pytest.raises(ValueError, match="percentile is 50"):
+        tif_to_rgb(scenes, out, percentile=50)
+
+
+def test_no_scene_and_no_folder_are_errors(tmp_path):
+    with pytest.raises(OSError, match="nowhere is no folder"):
+        tif_to_rgb(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no .tif scene"):
+        tif_to_rgb(tmp_path, tmp_path / "out")
+
+
+# The commands
+
+
+def run_cli(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "e2e_utils.convert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_commands_take_the_flags_of_the_original(tmp_path):
+    features = [feature(f"{n}.tif", "1,2,30,40", 73) for n in (1, 2, 3, 4)]
+    scenes, labels = write_xview(tmp_path, [1, 2, 3, 4], features)
+    rgb = tmp_path / "rgb"
+    done = run_cli("tif_to_rgb", "--input_dir", scenes, "--out_dir", rgb)
+    assert done.returncode == 0, done.stderr
+    assert "converted 4" in done.stdout
+    (tmp_path / "map.json").write_text('{"73": "0"}')
+    (tmp_path / "labels.txt").write_text("73:Building\n")
+    done = run_cli(
+        "geojson_to_coco",
+        *("--train_images_dir", scenes),
+        *("--train_images_dir_rgb", rgb),
+        *("--train_geojson_path", labels),
+        *("--output_dir", tmp_path / "coco"),
+        *("--train_split_rate", "0.75"),
+        *("--category_id_remapping", tmp_path / "map.json"),
+        *("--xview_class_labels", tmp_path / "labels.txt"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 scenes, 3 boxes" in done.stdout
+    train = json.loads((tmp_path / "coco" / "train.json").read_text())
+    assert train["images"][0]["file_name"].endswith(".png")
+
+
+def test_command_ends_with_one_line_that_names_the_file(tmp_path):
+    scenes, labels = write_xview(tmp_path, [1], [])
+    labels.write_text("{}")
+    arguments = ["--train_images_dir", scenes, "--train_geojson_path", labels]
+    done = run_cli("geojson_to_coco", *arguments, "--output_dir", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {labels}: not xView's label file")
+
+
+@pytest.mark.parametrize("separator", [",", ",\n", " ,\n  "])
+@pytest.mark.parametrize("first_key", ["type", "properties"])
+def test_large_label_file_is_read_in_pieces_as_it_is_read_whole(
+    tmp_path, separator, first_key
+):
+    rows = [feature("1.tif", f"{i % 70},1,{i % 70 + 2},9", 18) for i in range(6000)]
+    if first_key == "properties":
+        rows = [{"properties": row.pop("properties"), **row} for row in rows]
+    scenes, labels = write_xview(tmp_path, [1], [])
+    body = separator.join(map(json.dumps, rows))
+    labels.write_text('{"type": "FeatureCollection", "features": [' + body + "]}")
+    assert labels.stat().st_size > 2 << 20
+    report = geojson_to_coco(scenes, labels, tmp_path, 1)
+    assert report.features == report.kept == 6000
+    train = json.loads((tmp_path / "train.json").read_text())
+    assert [row["bbox"][0] for row in train["annotations"]] == [
+        i % 70 for i in range(6000)
+    ]
+    broken = body.replace('"image_id"', '"image"', 5003)
+    broken = broken.replace('"image"', '"image_id"', 5002)
+    labels.write_text('{"type": "FeatureCollection", "features": [' + broken + "]}")
+    with pytest.raises(ValueError, match=r"`image_id` - at `\$.features\[5002\]"):
+        geojson_to_coco(scenes, labels, tmp_path, 1)
