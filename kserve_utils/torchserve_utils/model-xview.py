@@ -1,0 +1,46 @@
+"""The model file of the archive: builds the detector that detector.json describes.
+
+TorchServe makes the one class in this file without arguments. models.py and
+detector.json lie beside it in the archive, so any architecture that `build_model`
+knows is served by these same lines.
+"""
+
+import importlib.util
+import json
+import os
+
+import torch
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _models():
+    # by its path: some other module called "models" may come first on sys.path
+    spec = importlib.util.spec_from_file_location(
+        "xview_models", os.path.join(_HERE, "models.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Detector(torch.nn.Module):
+    """A detector with random weights; `load_state_dict` takes a stripped "model"."""
+
+    def __init__(self):
+        super().__init__()
+        with open(os.path.join(_HERE, "detector.json")) as file:
+            description = json.load(file)
+        self.detector = _models().build_model(
+            description["architecture"],
+            len(description["class_names"]),
+            **description["settings"],
+        )
+
+    def forward(self, images):
+        """As torchvision's detectors: a list of float (3, H, W) in 0..1."""
+        return self.detector(images)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Into the detector itself: checkpoints know nothing of this wrapper."""
+        return self.detector.load_state_dict(state_dict, strict=strict)

@@ -1,0 +1,62 @@
+"""Strip a checkpoint to its weights and what describes them.
+
+    python kserve_utils/torchserve_utils/strip_checkpoint.py \\
+        --ckpt-path trained_model.pth --new-ckpt-name trained_model_stripped.pth
+
+A checkpoint of `e2e_utils.train` says everything itself. One of another origin may
+lack the architecture or the class names; the flags give them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from e2e_utils.export import strip_checkpoint
+from e2e_utils.models import MODELS
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Names by label, background first: from a JSON list, or a class table.
+
+    The list is the names of labels 0, 1, ... with the background; a class table is a
+    file such as e2e_utils/xview_classes.json.
+    """
+    content = json.loads(Path(path).read_text())
+    if isinstance(content, dict) and "classes" in content:
+        return ["background"] + [row["name"] for row in content["classes"]]
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return content
+    raise ValueError(f"{path} is neither a JSON list of names nor a class table")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt-path", required=True, help="file, or Determined folder")
+    parser.add_argument("--new-ckpt-name", required=True, help="the file to write")
+    parser.add_argument("--architecture", choices=MODELS, metavar="NAME")
+    parser.add_argument("--class-names", metavar="FILE", help="JSON, see the docstring")
+    parser.add_argument("--settings", type=json.loads, metavar="JSON")
+    parser.add_argument("--tile-size", type=int)
+    parser.add_argument("--overlap", type=float)
+    args = parser.parse_args()
+    try:
+        names = read_class_names(args.class_names) if args.class_names else None
+        stripped = strip_checkpoint(
+            args.ckpt_path,
+            args.new_ckpt_name,
+            architecture=args.architecture,
+            class_names=names,
+            settings=args.settings,
+            tile_size=args.tile_size,
+            overlap=args.overlap,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"strip_checkpoint: {error}")
+    print(f"wrote {stripped}, {stripped.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
