@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Prepares a container before the trial starts; a cluster runs it because of its name.
+#
+#   E2E_LABELS_URL   folder of train_300_02.json and val_300_02.json in your bucket,
+#                    s3://... or gs://...; nothing is fetched if it is not set
+#   E2E_LABELS_DIR   where they go (required with the above)
+#
+# Set both under environment.environment_variables of the experiment. The labels arrive
+# with the tiles anyway (backend aws or gcs); fetched here, a wrong bucket or a missing
+# permission stops the container at once, on every agent. Safe to run again.
+
+# Determined sources this file into its own entrypoint: a child shell keeps `set -u`
+# and the like out of it, and the entrypoint's arguments out of here.
+if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
+    bash "${BASH_SOURCE[0]}" || exit 1
+    return 0
+fi
+set -euo pipefail
+
+python="${DET_PYTHON_EXECUTABLE:-python3}"
+
+# What e2e_utils imports and an image may lack: module=requirement. The image's torch
+# and numpy belong together, so pip may not replace them.
+extras=(
+    "faster_coco_eval=faster-coco-eval==1.8.0"
+    "cv2=opencv-python-headless==4.10.0.84"
+    "tqdm=tqdm==4.70.1"
+    "obstore=obstore==0.12.1"
+)
+mapfile -t missing < <("$python" - "${extras[@]}" <<'PYTHON'
+import importlib.util
+import sys
+
+for extra in sys.argv[1:]:
+    module, _, requirement = extra.partition("=")
+    if importlib.util.find_spec(module) is None:
+        print(requirement)
+PYTHON
+)
+if ((${#missing[@]})); then
+    echo "startup-hook: installing ${missing[*]}"
+    held="$(mktemp)"
+    trap 'rm -f "$held"' EXIT
+    "$python" -c '
+import importlib.metadata as metadata
+for name in ("torch", "torchvision", "numpy"):
+    try:
+        print(f"{name}=={metadata.version(name)}")
+    except metadata.PackageNotFoundError:
+        pass
+' >"$held"
+    "$python" -m pip install --quiet --constraint "$held" "${missing[@]}"
+fi
+
+if [[ -z "${E2E_LABELS_URL:-}" ]]; then
+    echo "startup-hook: E2E_LABELS_URL is not set, no labels to fetch"
+    exit 0
+fi
+: "${E2E_LABELS_DIR:?startup-hook: set E2E_LABELS_DIR, the folder for the labels}"
+mkdir -p "$E2E_LABELS_DIR"
+for name in train_300_02.json val_300_02.json; do
+    target="$E2E_LABELS_DIR/$name"
+    part="$target.part.$$"
+    if [[ -s "$target" ]]; then
+        echo "startup-hook: $name is there"
+        continue
+    fi
+    "$python" - "$E2E_LABELS_URL" "$name" "$part" <<'PYTHON' || {
+import json
+import sys
+
+import obstore
+
+from e2e_utils.storage import open_store
+
+folder, name, target = sys.argv[1:]
+try:
+    content = bytes(obstore.get(open_store(folder), name).bytes())
+    json.loads(content)
+    with open(target, "wb") as file:
+        file.write(content)
+except Exception as error:
+    reason = str(error).strip().splitlines()[0]
+    sys.exit(f"startup-hook: could not fetch {name} from {folder}: {reason}")
+PYTHON
+        rm -f "$part"
+        exit 1
+    }
+    mv "$part" "$target"
+    echo "startup-hook: fetched $name"
+done

@@ -1,0 +1,358 @@
+"""The trial in Determined's own Trainer, beside the plain loop of e2e_utils."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("determined")
+
+from determined.common import context as det_context  # noqa: E402
+
+from determined_files import trial_config  # noqa: E402
+from determined_files.load import (  # noqa: E402
+    convert_trial_checkpoint,
+    load_trial_checkpoint,
+)
+from determined_files.train import load_config, run_local, steps_done  # noqa: E402
+from e2e_utils.data import CocoTiles, default_augment, train_loader  # noqa: E402
+from e2e_utils.models import model_from_checkpoint  # noqa: E402
+from e2e_utils.train import (  # noqa: E402
+    TrainConfig,
+    fit,
+    forward_losses,
+    seed_step,
+)
+
+ROOT = Path(__file__).parents[1]
+FILES = ROOT / "determined_files"
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_data_home(tmp_path, monkeypatch):
+    """Keep Determined's files out of the home directory."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data_home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config_home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiles")
+    trial_config.write_fake_tiles(folder, TrainConfig("", ""))
+    return folder
+
+
+def experiment(tiles, **hparams):
+    overrides = {
+        "data_dir": str(tiles),
+        "global_batch_size": 2,
+        "max_batches": STEPS,
+        "validation_batches": 1,
+        "amp": '"off"',
+        **hparams,
+    }
+    return load_config(FILES / "const.yaml", [f"{k}={v}" for k, v in overrides.items()])
+
+
+class Recorder:
+    """What a loop reports: {step: losses} and {step: figures}."""
+
+    def __init__(self):
+        self.losses, self.figures = {}, {}
+
+    def __call__(self, values, step):
+        table = self.losses if "loss" in values else self.figures
+        table[step] = values
+
+
+@pytest.fixture(scope="module")
+def plain(tiles, tmp_path_factory):
+    """The same run by e2e_utils.train.fit; evaluated, so reported, at each step."""
+    output, seen = tmp_path_factory.mktemp("plain"), Recorder()
+    config = TrainConfig(
+        str(tiles), str(output), steps=STEPS, batch_size=2, eval_steps=1, amp="off"
+    )
+    fit(config, report=seen, progress=False)
+    return output, seen
+
+
+@pytest.fixture(scope="module")
+def whole(tiles, tmp_path_factory):
+    seen = Recorder()
+    output = tmp_path_factory.mktemp("whole")
+    metrics, checkpoint = run_local(experiment(tiles), output, report=seen)
+    return metrics, checkpoint, seen
+
+
+@pytest.mark.slow
+def test_trial_and_plain_loop_have_equal_losses_and_figures(plain, whole):
+    _, expected = plain
+    _, _, seen = whole
+    assert sorted(seen.losses) == sorted(expected.losses) == [1, 2, 3, 4]
+    for step, losses in seen.losses.items():
+        for name, value in losses.items():
+            assert value == expected.losses[step][name], (step, name)
+        figures = expected.figures[step]
+        for name, key in {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75"}.items():
+            assert seen.figures[step][name] == figures[key], (step, name)
+
+
+@pytest.mark.slow
+def test_trial_and_plain_loop_end_at_equal_weights(plain, whole, tmp_path):
+    output, _ = plain
+    metrics, checkpoint, _ = whole
+    expected, meta = model_from_checkpoint(output / "last.pt")
+    model, told = load_trial_checkpoint(checkpoint)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert not model.training
+    for key in ("architecture", "settings", "class_names", "tile_size", "overlap"):
+        assert told[key] == meta[key]
+    assert told["step"] == STEPS
+    assert told["metrics"] == metrics
+    # and the converted file is one that e2e_utils reads, exports and serves
+    file = convert_trial_checkpoint(checkpoint, tmp_path / "best.pt")
+    again, _ = model_from_checkpoint(file)
+    assert torch.equal(
+        again.state_dict()["backbone.body.stem.0.weight"],
+        model.state_dict()["backbone.body.stem.0.weight"],
+    )
+
+
+@pytest.mark.slow
+def test_resumed_trial_repeats_the_undisturbed_one(whole, tiles, tmp_path):
+    _, _, expected = whole
+    config, seen = experiment(tiles), Recorder()
+    _, half = run_local(config, tmp_path, stop=2, report=seen)
+    assert sorted(seen.losses) == [1, 2]
+    assert steps_done(half) == 2
+    _, end = run_local(config, tmp_path, resume=half, report=seen)
+    assert seen.losses == expected.losses
+    assert seen.figures == expected.figures
+    assert steps_done(end) == STEPS
+
+
+@pytest.mark.slow
+def test_test_mode_trains_and_validates_one_batch(tiles, tmp_path):
+    seen = Recorder()
+    config = experiment(tiles, max_batches=100)
+    metrics, checkpoint = run_local(config, tmp_path, test_mode=True, report=seen)
+    assert sorted(seen.losses) == sorted(seen.figures) == [1]
+    assert 0 <= metrics["mAP"] <= 1
+    assert load_trial_checkpoint(checkpoint)[1]["step"] == 1
+    names = {path.name for path in (checkpoint / "code").iterdir()}
+    assert "model_def.py" in names  # the trial's own folder, not the working directory
+    assert "tests" not in names
+
+
+@pytest.mark.slow
+def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
+    output, _ = plain
+    seen = Recorder()
+    file = output / "last.pt"
+    config = experiment(tiles, init_checkpoint=str(file))
+    run_local(config, tmp_path, stop=1, report=seen)
+    model, _ = model_from_checkpoint(file)
+    data = CocoTiles(*TrainConfig(str(tiles), "").split("train"), default_augment())
+    images, targets = next(iter(train_loader(data, 2, 1)))
+    seed_step(0, 1)
+    model.train().to(memory_format=torch.channels_last)
+    expected = forward_losses(model, images, targets)["loss"].item()
+    assert seen.losses[1]["loss"] == expected
+
+    config["hyperparameters"]["model"] = "fasterrcnn_resnet50_fpn"
+    with pytest.raises(ValueError, match="last.pt holds architecture fasterrcnn_small"):
+        run_local(config, tmp_path)
+
+
+def torchrun(folder, *command):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", *map(str, command)),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiles, tmp_path_factory):
+    """(printed lines, checkpoint folder) of four steps under torchrun."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    told = torchrun(
+        folder,
+        *(FILES / "train.py", "--config", FILES / "fake.yaml", "--output-dir", folder),
+        *("validation_batches=4", "backend=local", f"data_dir={tiles}", 'amp="off"'),
+    )
+    return told, Path(re.search("checkpoint (.*)", told)[1])
+
+
+@pytest.mark.slow
+def test_two_processes_speak_once_and_their_checkpoint_loads(two_processes):
+    told, checkpoint = two_processes
+    assert re.search(r"step 4  mAP \d", told)
+    assert told.count("checkpoint ") == 1
+    raw = torch.load(checkpoint / "state_dict.pth", weights_only=True)
+    assert all(key.startswith("module.") for key in raw["models_state_dict"][0])
+    model, meta = load_trial_checkpoint(checkpoint)
+    assert meta["step"] == 4
+    assert len(model.state_dict()) == len(raw["models_state_dict"][0])
+
+
+@pytest.mark.slow
+def test_two_processes_end_at_the_weights_of_the_plain_loop(
+    two_processes, tiles, tmp_path
+):
+    torchrun(
+        tmp_path,
+        *("-m", "e2e_utils.train", "--data-path", tiles, "--output-dir", tmp_path),
+        *("--steps", 4, "--eval-steps", 4, "--batch-size", 2, "--amp", "off"),
+    )
+    expected, _ = model_from_checkpoint(tmp_path / "last.pt")
+    model, _ = load_trial_checkpoint(two_processes[1])
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(two_processes, tiles, tmp_path):
+    config = load_config(
+        FILES / "fake.yaml", ["max_batches=5", "backend=local", f"data_dir={tiles}"]
+    )
+    seen = Recorder()
+    run_local(config, tmp_path, resume=two_processes[1], report=seen)
+    assert sorted(seen.losses) == [5]
+
+
+@pytest.mark.slow
+def test_experiment_cannot_be_created_without_a_master_and_says_so(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "determined.cli", "e", "create"),
+            *(str(FILES / "const.yaml"), str(FILES)),
+            *("--include", str(ROOT / "e2e_utils")),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "DET_MASTER": address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert f"Master not found at {address}" in done.stderr
+    assert "DET_MASTER" in done.stderr
+
+
+def upload(root, *includes):
+    """Files of a context as `det e create ROOT --include ...` would send them."""
+    return {f.path: f for f in det_context.read_v1_context(root, includes)}
+
+
+@pytest.mark.slow
+def test_uploaded_folder_runs_by_itself(tmp_path, capsys):
+    files = upload(FILES, ROOT / "e2e_utils")
+    assert {"train.py", "model_def.py", "startup-hook.sh"} <= set(files)
+    assert {"e2e_utils/train.py", "e2e_utils/xview_classes.json"} <= set(files)
+    for name, file in files.items():
+        if file.content:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(base64.b64decode(file.content))
+    code = "import train, model_def, e2e_utils.train as t; print(t.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == tmp_path / "e2e_utils"
+
+
+def test_upload_of_the_whole_repository_is_small(capsys):
+    files = upload(ROOT)
+    size = sum(len(file.content or "") for file in files.values())
+    assert size < 20 * 2**20  # of 95 MiB
+    for left_out in (".venv", "runs", "notebooks", "tests"):
+        assert not any(name.split("/")[0] == left_out for name in files)
+    assert "determined_files/model_def.py" in files
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"backend": "azure"}, "backend must be one of local.*got 'azure'"),
+        ({"backend": "local"}, "backend local needs a folder as data_dir, got ''"),
+        ({"backend": "local", "data_dir": "s3://b/t"}, "needs a folder.*'s3://b/t'"),
+        ({"backend": "aws", "data_dir": "gs://b/t"}, "like s3://bucket/tiles, got 'gs"),
+        ({"backend": "gcs", "data_dir": "gs://b/t"}, "backend gcs needs cache_dir"),
+    ],
+)
+def test_backend_and_place_must_fit(hparams, message):
+    with pytest.raises(ValueError, match=message):
+        trial_config.fetch_tiles(hparams)
+
+
+def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
+    import e2e_utils.storage
+
+    calls = []
+    monkeypatch.setattr(e2e_utils.storage, "sync", lambda *a, **k: calls.append(a))
+    hparams = {"backend": "aws", "data_dir": "s3://b/t", "cache_dir": str(tmp_path)}
+    for local_rank in (0, 1):
+        assert trial_config.fetch_tiles(hparams, local_rank) == str(tmp_path)
+    assert calls == [("s3://b/t", str(tmp_path))]
+
+
+def test_fake_tiles_are_coco_tiles(tiles):
+    config = TrainConfig(str(tiles), "")
+    train, val = CocoTiles(*config.split("train")), CocoTiles(*config.split("val"))
+    assert (len(train), len(val), len(train.class_names)) == (8, 4, 61)
+    image, target = train[0]
+    assert image.shape == (3, 300, 300)
+    assert len(target["boxes"]) == 4
+
+
+def test_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        load_trial_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        steps_done(tmp_path)
+    torch.save({"model": {}}, tmp_path / "state_dict.pth")
+    with pytest.raises(ValueError, match="not written by ObjectDetectionTrial"):
+        load_trial_checkpoint(tmp_path)
+
+
+def test_trial_state_with_code_in_it_is_not_run(tmp_path):
+    import pickle
+
+    (tmp_path / "trial_state.pkl").write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(pickle.UnpicklingError, match="is no plain value"):
+        steps_done(tmp_path)
+
+
+def test_yaml_that_is_no_experiment_is_named(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(json.loads("[1]")))
+    with pytest.raises(ValueError, match="x.yaml is not an experiment configuration"):
+        load_config(path)
