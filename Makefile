@@ -41,7 +41,7 @@ demo: .venv/installed
 	@echo; echo "Done. The executed notebooks: $(RUN)/notebooks; what they made: $(RUN)"
 
 notebooks: .venv/installed
-	@$(BIN)/python tests/notebooks/refresh.py $(RUN)/notebooks notebooks
+	@$(BIN)/python tests/notebooks/refresh.py $(RUN) notebooks
 
 test: .venv/installed
 	@$(BIN)/python -m pytest

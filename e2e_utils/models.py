@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import pickle
 from urllib.error import URLError
 
 import torch
@@ -103,20 +102,20 @@ def _small(num_classes, weights, weights_backbone, **settings):
         64,
         extra_blocks=_NoExtraLevel(),
     )
-    anchors = _anchors(settings, ((16,), (32,), (64,)), (0.5, 1.0, 2.0))
+    anchors = _anchors(settings, ((16,), (36,), (80,)), (0.5, 1.0, 2.0))
     defaults = {
         "min_size": 300,  # a tile enters as it is: no resizing
         "max_size": 300,
         "image_mean": [0.43] * 3,
         "image_std": [0.2] * 3,
-        "rpn_pre_nms_top_n_train": 1000,
-        "rpn_post_nms_top_n_train": 500,
+        "rpn_pre_nms_top_n_train": 600,
+        "rpn_post_nms_top_n_train": 400,
         "rpn_pre_nms_top_n_test": 500,
         "rpn_post_nms_top_n_test": 300,
         "box_batch_size_per_image": 128,
         "box_detections_per_img": 300,
     }
-    pool = MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2)
+    pool = MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1)
     return FasterRCNN(
         backbone,
         num_classes=None,
@@ -336,7 +335,9 @@ def model_from_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever the bytes lead to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     keys = set(checkpoint) if isinstance(checkpoint, dict) else set()
