@@ -4,7 +4,8 @@ Copy: this file, tiling.py (for the one tile grid) and scenes.py.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
-non-maximum suppression keeps the better of the two.
+non-maximum suppression keeps the better of the two. An object that a border cuts is
+found whole in one tile and in part in another; the part gives way to the whole.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def predict_scene(
     batch_size: int = 4,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
+    border: float = 2.0,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
     """Detections on a whole scene by sliced inference.
@@ -76,6 +78,9 @@ def predict_scene(
         batch_size: tiles a forward pass.
         score_threshold: drop boxes below, 0..1.
         nms_threshold: of two boxes of one class whose IoU is above, the better stays.
+        border: a box that ends within so many pixels of a border inside the scene is
+            taken for a part, and dropped where a box of its class from another tile
+            covers most of it. 0 keeps parts, as SAHI's NMS on IoU does.
         progress: show a bar.
 
     Returns:
@@ -84,23 +89,41 @@ def predict_scene(
     device = next(model.parameters()).device
     height, width = image.shape[:2]
     grid = tile_grid(height, width, size, overlap)
-    boxes, labels, scores = [], [], []
+    edge = torch.tensor([0, 0, width, height], device=device)
+    found: dict[str, list] = {"boxes": [], "labels": [], "scores": [], "cut": []}
     starts = range(0, len(grid), batch_size)
     for start in tqdm(starts, desc="tiles", unit="batch", disable=not progress):
         corners = grid[start : start + batch_size]
         tiles = [_tensor(image[y1:y2, x1:x2], device) for x1, y1, x2, y2 in corners]
-        for (x1, y1, _, _), output in zip(corners, model(tiles), strict=True):
+        for corner, output in zip(corners, model(tiles), strict=True):
             keep = output["scores"] >= score_threshold
-            offset = torch.tensor([x1, y1, x1, y1], device=device)
-            boxes.append(output["boxes"][keep] + offset)
-            labels.append(output["labels"][keep])
-            scores.append(output["scores"][keep])
-    merged = {
-        "boxes": torch.cat(boxes),
-        "labels": torch.cat(labels),
-        "scores": torch.cat(scores),
-    }
+            tile = torch.as_tensor(corner, device=device)
+            boxes = output["boxes"][keep] + tile[:2].repeat(2)
+            inside = (tile != edge) & ((boxes - tile).abs() <= border) & (border > 0)
+            found["boxes"].append(boxes)
+            found["cut"].append(inside.any(dim=1))
+            found["labels"].append(output["labels"][keep])
+            found["scores"].append(output["scores"][keep])
+    merged = {key: torch.cat(parts) for key, parts in found.items()}
     keep = batched_nms(
         merged["boxes"], merged["scores"], merged["labels"], nms_threshold
     )
-    return _select({k: v[keep] for k, v in merged.items()}, 0.0)
+    merged = {key: value[keep] for key, value in merged.items()}
+    whole = ~_parts(merged["boxes"], merged["labels"], merged["cut"])
+    return _select({key: value[whole] for key, value in merged.items()}, 0.0)
+
+
+def _parts(
+    boxes_xyxy: torch.Tensor, labels: torch.Tensor, cut: torch.Tensor
+) -> torch.Tensor:
+    """Which boxes are cut and lie for the most part in a larger one of their class."""
+    part = cut.nonzero().flatten()
+    low = torch.maximum(boxes_xyxy[part, None, :2], boxes_xyxy[None, :, :2])
+    high = torch.minimum(boxes_xyxy[part, None, 2:], boxes_xyxy[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)
+    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(dim=1)
+    covers = shared > 0.6 * area[part, None]
+    covers &= (area[None] > area[part, None]) & (labels[None] == labels[part, None])
+    dropped = torch.zeros_like(cut)
+    dropped[part] = covers.any(dim=1)
+    return dropped

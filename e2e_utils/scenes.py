@@ -201,8 +201,10 @@ def write_tiles(
             bgr = cv2.cvtColor(pixels[y1:y2, x1:x2], cv2.COLOR_RGB2BGR, dst=bgr)
             jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
             total += jpeg.size
-            with open(f"{beside}/{name}", "wb") as file:
-                file.write(jpeg)
+            with open(f"{beside}/{name}", "wb", buffering=0) as file:
+                rest = memoryview(jpeg.reshape(-1))
+                while rest:  # unbuffered, a nearly full disk may take a part only
+                    rest = rest[file.write(rest) :]
         unsealed = {"names": sorted({*tiles, *old["names"]})}
         write_atomically(record, [json.dumps(unsealed).encode()])
         for name in set(old["names"]).difference(tiles):

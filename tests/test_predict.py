@@ -55,6 +55,21 @@ def test_a_scene_gives_each_object_once_at_its_place():
     assert found["labels"].dtype == np.int64
 
 
+def test_a_part_at_a_border_gives_way_to_the_whole():
+    # 270..345 is whole in the second tile, which begins at 240; the first ends at 300
+    image = square_scene([(270, 30)], size=75)
+    model = BrightSquares().eval()
+    kept = predict_scene(model, image, 300, 0.2, border=0)
+    assert sorted(kept["boxes_xyxy"][:, 2].tolist()) == [300, 345]
+    found = predict_scene(model, image, 300, 0.2)
+    assert found["boxes_xyxy"].tolist() == [[270, 30, 345, 105]]
+
+
+def test_an_object_at_the_border_of_the_scene_is_no_part():
+    image = square_scene([(0, 0), (800, 680)])
+    assert len(predict_scene(BrightSquares().eval(), image, 300, 0.2)["scores"]) == 2
+
+
 def test_tiles_go_through_in_batches():
     model = BrightSquares().eval()
     predict_scene(model, square_scene([]), 300, 0.2, batch_size=5)
