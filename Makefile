@@ -35,7 +35,7 @@ demo: .venv/installed
 	@mkdir -p $(RUN)/notebooks
 	@for name in $(NOTEBOOKS); do \
 	  echo; echo "=== $$name"; \
-	  $(BIN)/papermill --cwd notebooks --kernel python3 --log-output \
+	  $(BIN)/python -m papermill --cwd notebooks --kernel python3 --stdout-file - \
 	    notebooks/$$name.ipynb $(RUN)/notebooks/$$name.ipynb || exit 1; \
 	done
 	@echo; echo "Done. The executed notebooks: $(RUN)/notebooks; what they made: $(RUN)"
@@ -50,10 +50,10 @@ test-fast: .venv/installed
 	@$(BIN)/python -m pytest -m "not slow and not notebook"
 
 lab: .venv/installed
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/python -m jupyterlab notebooks
 
 lint: .venv/installed
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
 bench: .venv/installed
 	@for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

@@ -1,0 +1,49 @@
+"""Take what a demo made over into the repository: `refresh.py RUN NOTEBOOKS`.
+
+Outputs stay exactly as the run left them, but for progress bars, whose widgets mean
+nothing without their kernel, and papermill's own metadata, which holds paths. The
+picture of README comes along.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without progress bars, timings and papermill's metadata."""
+    notebook.metadata = {
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            for output in cell.outputs:
+                if "metadata" in output:
+                    output.metadata = {}
+    return notebook
+
+
+def main(run: str, target: str) -> None:
+    for path in sorted((Path(run) / "notebooks").glob("0*.ipynb")):
+        notebook = clean(nbformat.read(path, as_version=4))
+        if any(c.cell_type == "code" and not c.execution_count for c in notebook.cells):
+            sys.exit(f"{path} was not executed to its end; run `make demo` first")
+        nbformat.write(notebook, Path(target) / path.name)
+        print(f"{path.name}: {(Path(target) / path.name).stat().st_size // 1024} KiB")
+    shutil.copy(Path(run) / "training" / "scene.jpg", target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
