@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.models import build_model, model_from_checkpoint
+from e2e_utils.models import build_model, model_from_checkpoint, resolved_settings
 from e2e_utils.train import (
     amp_dtype,
     forward_losses,
@@ -243,7 +243,12 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         """What makes a checkpoint complete: see `e2e_utils.train`."""
         return {
             "architecture": self.config.model,
-            "settings": dict(self.config.settings),
+            "settings": resolved_settings(
+                self.config.model,
+                self.config.weights,
+                self.config.weights_backbone,
+                **self.config.settings,
+            ),
             "class_names": self.train_set.class_names,
             "tile_size": self.config.tile_size,
             "overlap": self.config.overlap,

@@ -31,6 +31,10 @@ from e2e_utils.train import TrainConfig
 
 # What Determined decides or this trial measures in batches, and so is no hyperparameter
 _NOT_HERE = {"data_path", "output_dir", "steps", "epochs", "batch_size", "eval_steps"}
+_NOT_HERE |= {"save_steps", "tensorboard"}
+# What the loop of e2e_utils.train does and this trial does not: refused, not ignored
+_NOT_HERE |= {"ema", "compile", "scale_lr", "repeat_threshold"}
+_NOT_HERE |= {"aspect_ratio_group_factor"}
 _TRAIN_KEYS = {f.name for f in fields(TrainConfig)} - _NOT_HERE - {"device"}
 _REQUIRED = {"global_batch_size", "max_batches", "backend"}
 _OPTIONAL = {"validation_batches", "checkpoint_batches", "warmup_batches"}

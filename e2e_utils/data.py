@@ -1,23 +1,29 @@
 """COCO tiles as tensors: the data set, its augmentation, its loaders.
 
-Copy: this file.
+Copy: this file and sampling.py.
 
-Everything random in a training run is a function of (seed, epoch, position): the
-order of the tiles, and the augmentation of each. A run that was stopped continues at
-any step with the very batches that the undisturbed run would have seen.
+The augmentation of a tile is a function of the seed that comes with its index. With
+the order of sampling.py, a run that was stopped continues at any step with the very
+batches that the undisturbed run would have seen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from e2e_utils.sampling import StepSampler
 
 
 class CocoTiles(Dataset):
@@ -27,7 +33,10 @@ class CocoTiles(Dataset):
         image_dir: folder of the tiles.
         json_path: COCO file: images, annotations (bbox in pixels, xywh), categories.
         augment: a transform of torchvision.transforms.v2, or None.
-        cache: keep decoded tiles in memory, 270 kB each at 300 px. For small sets.
+        cache: decode each tile once, 270 kB at 300 px. "memory" (or True) keeps them
+            in each process that loads; "disk" writes them into one file beside
+            json_path when the data set is made, which all processes share, and makes
+            it anew when a tile has changed. "off" (or False) decodes every time.
 
     An item is (image, target). image is a tv_tensors.Image, uint8 (3, H, W), RGB.
     target holds "boxes" (tv_tensors.BoundingBoxes, float32 (N, 4), xyxy in pixels of
@@ -37,8 +46,8 @@ class CocoTiles(Dataset):
 
     Raises:
         ValueError: the file is no COCO file, or an annotation names an image or a
-            category that is not in it; on reading, a tile that is no image. The
-            message names the file and the value.
+            category that is not in it; an unknown cache; on reading, a tile that is
+            no image. The message names the file and the value.
     """
 
     def __init__(
@@ -46,7 +55,7 @@ class CocoTiles(Dataset):
         image_dir: str | Path,
         json_path: str | Path,
         augment: Callable | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
     ) -> None:
         self.image_dir = Path(image_dir)
         self.json_path = Path(json_path)
@@ -59,7 +68,17 @@ class CocoTiles(Dataset):
         self.class_names = ["background"] + [c["name"] for c in categories]
         self.images = self.coco["images"]
         self._targets = self._make_targets()
-        self._cache: list | None = [None] * len(self.images) if cache else None
+        kind = {False: "off", True: "memory"}.get(cache, cache)
+        if kind not in ("off", "memory", "disk"):
+            raise ValueError(f"cache must be 'off', 'memory' or 'disk', got {cache!r}")
+        self._cache: list | None = None
+        self._decoded: Path | None = None
+        if kind == "memory":
+            self._cache = [None] * len(self.images)
+        elif kind == "disk":
+            bytes_each = [3 * h * w for h, w in map(self.size, range(len(self)))]
+            self._starts = np.cumsum([0, *bytes_each]).tolist()
+            self._decoded = self._decode_all()
 
     def _make_targets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         label_of = {c: label for label, c in enumerate(self.category_ids, start=1)}
@@ -86,10 +105,62 @@ class CocoTiles(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def labels(self, index: int) -> torch.Tensor:
+        """Labels of the tile's objects, int64 (N,)."""
+        return self._targets[index][1]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a tile as the COCO file tells them, in pixels."""
+        image = self.images[index]
+        try:
+            return int(image["height"]), int(image["width"])
+        except KeyError as error:
+            raise ValueError(
+                f"image {image['id']} of {self.json_path} has no {error.args[0]}"
+            ) from None
+
+    def _decode_all(self) -> Path:
+        """The file of all decoded tiles, one behind the other; made where it lacks."""
+        key = hashlib.sha256()
+        for index, image in enumerate(self.images):
+            path = self.image_dir / image["file_name"]
+            if not path.is_file():
+                raise ValueError(f"the tile {path} is missing")
+            stat = path.stat()
+            row = (path.name, *self.size(index), stat.st_size, stat.st_mtime_ns)
+            key.update(repr(row).encode())
+        stem = f"{self.json_path.stem}-decoded"
+        file = self.json_path.with_name(f"{stem}-{key.hexdigest()[:16]}.u8")
+        if file.exists():
+            return file
+        beside = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            with beside.open("wb") as out:
+                for index, image in enumerate(self.images):
+                    tile = self.read(index)
+                    if tile.shape[1:] != self.size(index):
+                        raise ValueError(
+                            f"the tile {self.image_dir / image['file_name']} is "
+                            f"{tuple(tile.shape[1:])}, and {self.json_path} says "
+                            f"{self.size(index)} (height, width)"
+                        )
+                    out.write(tile.numpy().tobytes())
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+        for old in file.parent.glob(f"{stem}-*.u8"):  # of tiles that have changed
+            if old != file:
+                old.unlink(missing_ok=True)
+        return file
+
     def read(self, index: int) -> torch.Tensor:
         """The tile as uint8 (3, H, W), RGB."""
         if self._cache is not None and self._cache[index] is not None:
             return self._cache[index]
+        if self._decoded is not None:
+            start, end = self._starts[index : index + 2]
+            flat = np.fromfile(self._decoded, np.uint8, end - start, offset=start)
+            return torch.from_numpy(flat).view(3, *self.size(index))
         path = self.image_dir / self.images[index]["file_name"]
         image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
         if image is None:
@@ -175,53 +246,12 @@ def collate(items: list[tuple]) -> tuple[list, list]:
     return list(images), list(targets)
 
 
-class StepSampler(Sampler):
-    """Batches of (index, augmentation seed) for a whole run, from any step on.
+def _leave_sigterm_to_the_parent(worker: int) -> None:
+    """A scheduler may signal all processes at once; the batch at hand is still needed.
 
-    Each epoch is a fresh permutation; all ranks see the same number of batches.
-    Every rank takes its own part of each global batch.
-
-    Args:
-        length: number of tiles.
-        batch_size: tiles a batch on each rank.
-        steps: total number of steps of the run.
-        start: first step to yield (a resumed run passes the step of its checkpoint).
-        seed: of the order and of the augmentation.
-        rank, world_size: of the process.
+    A worker ends with its parent in any case.
     """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        steps: int,
-        start: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.length, self.batch_size, self.steps = length, batch_size, steps
-        self.start, self.seed = start, seed
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
-        chunk = self.batch_size * self.world_size
-        for step in range(self.start, self.steps):
-            batch = []
-            for i in range(self.batch_size):
-                position = step * chunk + self.rank * self.batch_size + i
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
-                    order = torch.randperm(self.length, generator=generator)
-                # seeds of neighbouring positions must not be neighbours themselves
-                mixed = (self.seed * 1_000_003 + position) * 2_654_435_761 % 2**31
-                batch.append((int(order[position % self.length]), mixed))
-            yield batch
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_loader(
@@ -234,17 +264,24 @@ def train_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    repeats: list[float] | None = None,
+    groups: list[int] | None = None,
 ) -> DataLoader:
-    """A loader that yields exactly the batches `start`..`steps` of a run."""
+    """A loader that yields exactly the batches `start`..`steps` of a run.
+
+    The arguments are those of `StepSampler`, and `workers`, the processes that load.
+    """
+    sampler = StepSampler(
+        len(dataset), batch_size, steps, start, seed, rank, world_size, repeats, groups
+    )
     return DataLoader(
         dataset,
-        batch_sampler=StepSampler(
-            len(dataset), batch_size, steps, start, seed, rank, world_size
-        ),
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_sigterm_to_the_parent,
     )
 
 
@@ -263,4 +300,5 @@ def eval_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_sigterm_to_the_parent,
     )

@@ -2,17 +2,19 @@
 
 Copy: this file.
 
-COCO's own cap of 100 detections an image hides every object beyond the hundredth,
-and a satellite tile can hold hundreds. The caps are an argument here. The matching
-runs in faster_coco_eval, whose figures equal pycocotools' and which is several times
-faster.
+COCO's own cap of 100 detections hides every object beyond the hundredth, and a
+satellite scene can hold thousands. The caps are an argument here. The matching runs in
+faster_coco_eval, whose figures equal pycocotools' and which is several times faster.
+The xView score and whole scenes are in scores.py; what goes wrong is in mistakes.py.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import gc
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +77,48 @@ def to_coco(
     ]
 
 
+def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -> dict:
+    """The content of a COCO file; ValueError if a detection's image is not in it."""
+    if not isinstance(ground_truth, dict):
+        ground_truth = json.loads(Path(ground_truth).read_text())
+    known = {image["id"] for image in ground_truth["images"]}
+    foreign = sorted({d["image_id"] for d in detections} - known)
+    if foreign:
+        raise ValueError(
+            f"detections for images not in the ground truth: {foreign[:5]}"
+        )
+    return ground_truth
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the garbage collector, which would walk all new dicts time and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_collection()
 def coco_metrics(
     ground_truth: str | Path | dict,
     detections: list[dict],
     max_dets: tuple[int, int, int] = (1, 100, 500),
     image_ids: Iterable[int] | None = None,
+    tables: bool = False,
 ) -> dict:
     """COCO's figures for boxes.
 
     Args:
         ground_truth: a COCO file or its content.
         detections: COCO results, see `detect`.
-        max_dets: caps of detections an image; AP uses the last.
+        max_dets: caps of detections of one class in one image; AP uses the last.
         image_ids: only these images; all by default.
+        tables: add "per_class_AP" {name: AP}, and "per_class_size" {"small", "medium",
+            "large": {name: AP50}}.
 
     Returns:
         "AP" (mean over IoU 0.50:0.95), "AP50", "AP75", "AP_small" (area < 32^2
@@ -98,16 +129,31 @@ def coco_metrics(
     Raises:
         ValueError: a detection names an image that the ground truth does not have.
     """
-    if not isinstance(ground_truth, dict):
-        ground_truth = json.loads(Path(ground_truth).read_text())
-    known = {image["id"] for image in ground_truth["images"]}
-    foreign = sorted({d["image_id"] for d in detections} - known)
-    if foreign:
-        raise ValueError(
-            f"detections for images not in the ground truth: {foreign[:5]}"
-        )
-    truth = COCO(copy.deepcopy(ground_truth))
-    run = COCOeval_faster(truth, truth.loadRes(copy.deepcopy(detections)), "bbox")
+    ground_truth = read_ground_truth(ground_truth, detections)
+    images = [{"id": image["id"]} for image in ground_truth["images"]]
+    rest = {"images": images, "categories": ground_truth["categories"]}
+    # Annotation ids from 1: the matching takes an id of 0 for "not matched".
+    truth = [
+        {
+            "id": index,
+            "image_id": row["image_id"],
+            "category_id": row["category_id"],
+            "bbox": row["bbox"],
+            "area": row.get("area", row["bbox"][2] * row["bbox"][3]),
+            "iscrowd": row.get("iscrowd", 0),
+        }
+        for index, row in enumerate(ground_truth["annotations"], start=1)
+    ]
+    # What loadRes adds, but for a polygon of each box, which boxes do not need.
+    found = [
+        {**row, "id": index, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for index, row in enumerate(detections, start=1)
+    ]
+    run = COCOeval_faster(
+        COCO({**rest, "annotations": truth}),
+        COCO({**rest, "annotations": found}),
+        "bbox",
+    )
     run.params.maxDets = list(max_dets)
     if image_ids is not None:
         run.params.imgIds = sorted(image_ids)
@@ -120,6 +166,13 @@ def coco_metrics(
         values = values[values > -1]  # -1 marks classes without ground truth
         return float(values.mean()) if values.size else None
 
+    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
+
+    def by_class(values: np.ndarray) -> dict[str, float]:
+        means = [mean(values[..., index]) for index in range(len(run.params.catIds))]
+        table = zip(run.params.catIds, means, strict=True)
+        return {names[category]: m for category, m in table if m is not None}
+
     metrics = {
         "AP": mean(precision[:, :, :, 0, -1]),
         "AP50": mean(precision[0, :, :, 0, -1]),
@@ -129,10 +182,98 @@ def coco_metrics(
         metrics[f"AP_{area}"] = mean(precision[:, :, :, index, -1])
     for index, cap in enumerate(max_dets):
         metrics[f"AR_{cap}"] = mean(recall[:, :, 0, index])
-    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
-    per_class = {
-        names[category]: mean(precision[0, :, index, 0, -1])
-        for index, category in enumerate(run.params.catIds)
-    }
-    metrics["per_class"] = {k: v for k, v in per_class.items() if v is not None}
+    metrics["per_class"] = by_class(precision[0, :, :, 0, -1])
+    if tables:
+        metrics["per_class_AP"] = by_class(precision[:, :, :, 0, -1])
+        metrics["per_class_size"] = {
+            area: by_class(precision[0, :, :, index, -1])
+            for index, area in enumerate(AREAS[1:], start=1)
+        }
     return metrics
+
+
+def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image id int64 (N,), category id int64 (N,), boxes_xyxy float64 (N, 4)."""
+    image = np.array([row["image_id"] for row in rows], np.int64)
+    category = np.array([row["category_id"] for row in rows], np.int64)
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return image, category, boxes
+
+
+def overlaps(
+    found_key: np.ndarray,
+    found_xyxy: np.ndarray,
+    truth_key: np.ndarray,
+    truth_xyxy: np.ndarray,
+    at_least: float,
+    chunk: int = 1_000_000,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs of a found box and an object of one key whose IoU is at_least or more.
+
+    Args:
+        found_key, truth_key: int64 (N,) and (M,), e.g. the image; others never meet.
+        found_xyxy, truth_xyxy: float64 (N, 4) and (M, 4).
+        at_least: 0..1, more than 0.
+        chunk: pairs compared at a time, which bounds the memory.
+
+    Returns:
+        found int64 (P,) ascending, object int64 (P,), IoU float64 (P,).
+    """
+    order = np.argsort(truth_key, kind="stable")
+    keys = truth_key[order]
+    start = np.searchsorted(keys, found_key, "left")
+    count = np.searchsorted(keys, found_key, "right") - start
+    ends = np.cumsum(count)
+    area_found = np.prod(found_xyxy[:, 2:] - found_xyxy[:, :2], axis=1)
+    area_truth = np.prod(truth_xyxy[:, 2:] - truth_xyxy[:, :2], axis=1)
+    parts, low = [(np.empty(0, int), np.empty(0, int), np.empty(0))], 0
+    while low < len(found_key):
+        done = ends[low] - count[low]
+        high = max(low + 1, int(np.searchsorted(ends, done + chunk, "right")))
+        found = np.repeat(np.arange(low, high), count[low:high])
+        nth = np.arange(len(found)) - (ends - count)[found] + done
+        truth = order[start[found] + nth]
+        a, b = found_xyxy[found].T, truth_xyxy[truth].T
+        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
+        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
+        shared = np.maximum(width, 0) * np.maximum(height, 0)
+        near = np.flatnonzero(shared)  # leaves out boxes without an area as well
+        found, truth, shared = found[near], truth[near], shared[near]
+        iou = shared / (area_found[found] + area_truth[truth] - shared)
+        keep = iou >= at_least
+        parts.append((found[keep], truth[keep], iou[keep]))
+        low = high
+    found, truth, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return found, truth, iou
+
+
+def recall_ceiling(
+    ground_truth: str | Path | dict,
+    caps: Iterable[int] = (100, 300, 500, 1000),
+    per_class: bool = False,
+) -> dict[int, float]:
+    """The recall that a perfect detector reaches with so many detections an image.
+
+    Args:
+        ground_truth: a COCO file or its content, of tiles or of scenes.
+        caps: most detections an image, 1 or more.
+        per_class: the cap holds for each class of an image, as COCO's maxDets does,
+            and not for the image, as a detector's `box_detections_per_img` does.
+
+    Returns:
+        {cap: sum of min(objects, cap) / sum of objects, 0..1}.
+
+    Raises:
+        ValueError: there is no object, or a cap is below 1.
+    """
+    keys = ("image_id", "category_id") if per_class else ("image_id",)
+    truth = read_ground_truth(ground_truth, [])["annotations"]
+    counts = Counter(tuple(row[key] for key in keys) for row in truth)
+    caps = list(caps)
+    if not counts or min(caps, default=1) < 1:
+        raise ValueError(
+            f"{len(truth)} objects and caps {caps}: need an object, and caps from 1 up"
+        )
+    sizes = np.array(list(counts.values()))
+    return {cap: float(np.minimum(sizes, cap).sum() / sizes.sum()) for cap in caps}

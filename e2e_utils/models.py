@@ -6,7 +6,8 @@ torchvision 0.16 too, because it travels inside the archive that is served.)
 `build_model` makes every architecture of the notebooks. Settings such as
 `rpn_nms_thresh` are constructor arguments in torchvision; set on a model after it
 was built they change nothing, so here they go through the constructor, and an
-unknown one is an error.
+unknown one is an error. `resolved_settings` tells all of them with their values: it
+is what a checkpoint keeps, so that a default that changes later changes no model.
 """
 
 from __future__ import annotations
@@ -22,12 +23,27 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet, backbone_utils
 from torchvision.models.detection._utils import retrieve_out_channels
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import (
+    AnchorGenerator,
+    DefaultBoxGenerator,
+)
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSClassificationHead
-from torchvision.models.detection.retinanet import RetinaNetClassificationHead
-from torchvision.models.detection.ssd import SSD, SSDClassificationHead
-from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
+from torchvision.models.detection.retinanet import (
+    RetinaNetClassificationHead,
+    RetinaNetHead,
+)
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import (
+    SSD,
+    SSDClassificationHead,
+    SSDFeatureExtractorVGG,
+)
+from torchvision.models.detection.ssdlite import (
+    SSDLiteClassificationHead,
+    SSDLiteHead,
+    _mobilenet_extractor,
+)
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
@@ -79,13 +95,16 @@ class SmallResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
 
-def _anchors(
-    settings: dict, default_sizes: tuple, default_ratios: tuple
-) -> AnchorGenerator:
+def _anchors(settings: dict, levels: int) -> AnchorGenerator:
     """`anchor_sizes` (a list of sizes per level) and `aspect_ratios` as anchors."""
-    sizes = settings.pop("anchor_sizes", default_sizes)
-    ratios = tuple(settings.pop("aspect_ratios", default_ratios))
-    return AnchorGenerator(tuple(tuple(s) for s in sizes), (ratios,) * len(sizes))
+    sizes = settings.pop("anchor_sizes")
+    if len(sizes) != levels or len({len(of_level) for of_level in sizes}) != 1:
+        raise ValueError(
+            f"anchor_sizes is {sizes}; give {levels} lists of equal length, one for "
+            "each feature level"
+        )
+    ratios = tuple(settings.pop("aspect_ratios", (1.0,)))
+    return AnchorGenerator(tuple(tuple(s) for s in sizes), (ratios,) * levels)
 
 
 def _small(num_classes, weights, weights_backbone, **settings):
@@ -102,28 +121,15 @@ def _small(num_classes, weights, weights_backbone, **settings):
         64,
         extra_blocks=_NoExtraLevel(),
     )
-    anchors = _anchors(settings, ((16,), (36,), (80,)), (0.5, 1.0, 2.0))
-    defaults = {
-        "min_size": 300,  # a tile enters as it is: no resizing
-        "max_size": 300,
-        "image_mean": [0.43] * 3,
-        "image_std": [0.2] * 3,
-        "rpn_pre_nms_top_n_train": 600,
-        "rpn_post_nms_top_n_train": 400,
-        "rpn_pre_nms_top_n_test": 500,
-        "rpn_post_nms_top_n_test": 300,
-        "box_batch_size_per_image": 128,
-        "box_detections_per_img": 300,
-    }
     pool = MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1)
     return FasterRCNN(
         backbone,
         num_classes=None,
-        rpn_anchor_generator=anchors,
+        rpn_anchor_generator=_anchors(settings, 3),
         box_roi_pool=pool,
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
-        **{**defaults, **settings},
+        **settings,
     )
 
 
@@ -135,22 +141,64 @@ class _NoExtraLevel(ExtraFPNBlock):
 
 
 def _torchvision(name, num_classes, weights, weights_backbone, **settings):
-    if "anchor_sizes" in settings or "aspect_ratios" in settings:
-        key = "rpn_anchor_generator" if "rcnn" in name else "anchor_generator"
-        sizes, ratios = ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0)
-        if name.startswith("fcos"):
-            sizes, ratios = ((8,), (16,), (32,), (64,), (128,)), (1.0,)
-        settings[key] = _anchors(settings, sizes, ratios)
+    anchors = None
+    if "anchor_sizes" in settings:
+        anchors = _anchors(settings, 5)
     builder = getattr(detection, name)
-    if weights is None:
-        return builder(
-            weights=None,
-            weights_backbone=weights_backbone,
-            num_classes=num_classes,
-            **settings,
+    if name.startswith("ssdlite"):
+        if not settings.pop("reduced_tail"):
+            return _ssdlite_full_tail(num_classes, weights, weights_backbone, settings)
+        if weights_backbone is not None:
+            raise ValueError("ImageNet's MobileNet has no reduced tail: leave it out")
+    model = builder(
+        weights=weights,
+        weights_backbone=weights_backbone,
+        num_classes=num_classes if weights is None else None,
+        **settings,
+    )
+    if anchors is not None:
+        _set_anchors(model, anchors, num_classes)
+    return model if weights is None else _refit_head(model, num_classes)
+
+
+def _set_anchors(model: nn.Module, anchors: AnchorGenerator, num_classes: int) -> None:
+    """Other anchors; a fresh head where their number at a location changes."""
+    part = model.rpn if isinstance(model, FasterRCNN) else model
+    before = part.anchor_generator.num_anchors_per_location()[0]
+    after = anchors.num_anchors_per_location()[0]
+    part.anchor_generator = anchors
+    if after == before:
+        return
+    channels = model.backbone.out_channels
+    if isinstance(model, FCOS):
+        raise ValueError(f"anchor_sizes: FCOS takes one size a level, not {after}")
+    if isinstance(model, RetinaNet):
+        norm = functools.partial(nn.GroupNorm, 32)
+        model.head = RetinaNetHead(channels, after, num_classes, norm_layer=norm)
+        model.head.regression_head._loss_type = "giou"
+    else:
+        model.rpn.head = RPNHead(channels, after, conv_depth=len(model.rpn.head.conv))
+
+
+def _ssdlite_full_tail(num_classes, weights, weights_backbone, settings):
+    """SSDlite on the MobileNetV3 that ImageNet's weights fit.
+
+    torchvision builds it only together with those weights, and otherwise one with
+    half the channels at the end, so that it could not read a checkpoint back.
+    """
+    if weights is not None:
+        raise ValueError(
+            "the COCO weights of SSDlite have a reduced tail: leave it out"
         )
-    model = builder(weights=weights, weights_backbone=None, **settings)
-    return _refit_head(model, num_classes)
+    norm = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+    backbone = torchvision.models.mobilenet_v3_large(
+        weights=weights_backbone, norm_layer=norm
+    )
+    backbone, size = _mobilenet_extractor(backbone, 6, norm), (320, 320)
+    anchors = DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
+    channels = retrieve_out_channels(backbone, size)
+    head = SSDLiteHead(channels, anchors.num_anchors_per_location(), num_classes, norm)
+    return SSD(backbone, anchors, size, num_classes, head=head, **settings)
 
 
 def _fpn_fasterrcnn(body, num_classes, weights, weights_backbone, **settings):
@@ -161,14 +209,11 @@ def _fpn_fasterrcnn(body, num_classes, weights, weights_backbone, **settings):
             "weights=None and weights_backbone='DEFAULT' (ImageNet) instead"
         )
     if body.startswith("resnet"):
-        # BatchNorm must learn where nothing is pretrained; frozen, it cannot
-        norm = nn.BatchNorm2d if weights_backbone is None else FrozenBatchNorm2d
-        layers = settings.pop("trainable_backbone_layers", 3)
         backbone = backbone_utils.resnet_fpn_backbone(
             backbone_name=body,
             weights=weights_backbone,
-            norm_layer=norm,
-            trainable_layers=5 if weights_backbone is None else layers,
+            norm_layer=nn.BatchNorm2d,
+            trainable_layers=5,
         )
     else:
         features = torchvision.models.get_model(body, weights=weights_backbone).features
@@ -179,10 +224,54 @@ def _fpn_fasterrcnn(body, num_classes, weights, weights_backbone, **settings):
             list(stages.values()),
             256,
         )
-    anchors = _anchors(
-        settings, ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0)
-    )
+    anchors = _anchors(settings, 5)
     return FasterRCNN(backbone, num_classes, rpn_anchor_generator=anchors, **settings)
+
+
+def _set_norm(module: nn.Module, kind: str, eps: float) -> None:
+    """Make each normalisation a BatchNorm that learns, or one that is frozen."""
+    classes = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
+    if kind not in classes:
+        raise ValueError(f"backbone_norm must be 'batch' or 'frozen', got {kind!r}")
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            if type(child) is not classes[kind]:
+                new = classes[kind](len(child.weight)).to(child.weight.device)
+                new.load_state_dict(child.state_dict(), strict=False)
+                setattr(module, name, new)
+            getattr(module, name).eps = eps
+        else:
+            _set_norm(child, kind, eps)
+
+
+def _stages(backbone: nn.Module) -> list:
+    """The backbone's modules from the picture on, grouped as torchvision freezes."""
+    if hasattr(backbone, "body"):  # a ResNet
+        body = backbone.body
+        blocks = [[body.layer1], [body.layer2], [body.layer3], [body.layer4]]
+        return [[body.conv1, body.bn1], *blocks]
+    if isinstance(backbone, SSDFeatureExtractorVGG):
+        modules = [*backbone.features, *list(backbone.extra[0])[:-1]]
+        starts = [i for i, m in enumerate(modules) if isinstance(m, nn.MaxPool2d)]
+    else:
+        first, last = backbone.features[0], backbone.features[1]
+        modules = [*first, *last]
+        starts = [i for i, m in enumerate(first) if getattr(m, "_is_cn", False)]
+        starts += [len(first) - 1, len(modules) - 1]
+    ends = [0, *starts, len(modules)]
+    return [modules[ends[i] : ends[i + 1]] for i in range(len(ends) - 1)]
+
+
+def _train_last(backbone: nn.Module, layers: int) -> None:
+    """Let the last so many stages of a backbone learn, and freeze those before."""
+    stages = _stages(backbone)
+    if not 0 <= layers <= len(stages):
+        raise ValueError(
+            f"trainable_backbone_layers is {layers}; give 0 to {len(stages)}"
+        )
+    for index, stage in enumerate(stages):
+        for module in stage:
+            module.requires_grad_(index >= len(stages) - layers)
 
 
 def _refit_head(model: nn.Module, num_classes: int) -> nn.Module:
@@ -241,25 +330,134 @@ _BODIES = {
 MODELS = ("fasterrcnn_small", *_FAMILIES, *_BODIES)
 
 
+# Names whose ResNet torchvision gives a frozen BatchNorm where it is pretrained; from
+# scratch BatchNorm must learn.
+_FREEZES_NORM = (
+    "fasterrcnn_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "resnet152_fasterrcnn_model",
+    "resnet152_fpn_fasterrcnn",
+)
+_OBJECTS = ("backbone", "num_classes", "size", "head", "kwargs", "proposal_matcher")
+_OBJECTS += ("anchor_generator", "rpn_anchor_generator", "rpn_head")
+_OBJECTS += ("box_roi_pool", "box_head", "box_predictor")
+# Defaults that are not those of the family's constructor.
+_DEFAULTS = {
+    "fasterrcnn_small": {
+        "min_size": 300,  # a tile enters as it is: no resizing
+        "max_size": 300,
+        "image_mean": [0.43] * 3,
+        "image_std": [0.2] * 3,
+        "anchor_sizes": [[16], [36], [80]],
+        "rpn_pre_nms_top_n_train": 600,
+        "rpn_post_nms_top_n_train": 400,
+        "rpn_pre_nms_top_n_test": 500,
+        "rpn_post_nms_top_n_test": 300,
+        "box_batch_size_per_image": 128,
+        "box_detections_per_img": 300,
+    },
+    "retinanet_resnet50_fpn_v2": {
+        "anchor_sizes": [
+            [x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))]
+            for x in (32, 64, 128, 256, 512)
+        ],
+    },
+    "fcos_resnet50_fpn": {"anchor_sizes": [[8], [16], [32], [64], [128]]},
+    "ssd300_vgg16": {
+        "image_mean": [0.48235, 0.45882, 0.40784],
+        "image_std": [1 / 255] * 3,
+    },
+    "ssdlite320_mobilenet_v3_large": {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "score_thresh": 0.001,
+        "nms_thresh": 0.55,
+        "detections_per_img": 300,
+        "topk_candidates": 300,
+    },
+}
+
+
+def _default_settings(name, weights, weights_backbone):
+    family = _FAMILIES.get(name, FasterRCNN)
+    parameters = inspect.signature(family).parameters
+    values = {k: p.default for k, p in parameters.items() if k not in _OBJECTS}
+    values["image_mean"] = [0.485, 0.456, 0.406]
+    values["image_std"] = [0.229, 0.224, 0.225]
+    if family is not SSD:
+        values["anchor_sizes"] = [[32], [64], [128], [256], [512]]
+    if family in (FasterRCNN, RetinaNet):
+        values["aspect_ratios"] = [0.5, 1.0, 2.0]
+    if family is FasterRCNN:
+        values["bbox_reg_weights"] = [10.0, 10.0, 5.0, 5.0]
+    pretrained = weights is not None or weights_backbone is not None
+    if name in _FAMILIES or name in _FREEZES_NORM:
+        layers = {"ssd300_vgg16": 4, "ssdlite320_mobilenet_v3_large": 6}.get(name, 3)
+        most = 6 if name.startswith("ssdlite") else 5
+        values["trainable_backbone_layers"] = layers if pretrained else most
+    if name in _FREEZES_NORM:
+        values["backbone_norm"] = "frozen" if pretrained else "batch"
+        # these COCO weights were trained with an eps of 0
+        coco = weights is not None and name == "fasterrcnn_resnet50_fpn"
+        values["norm_eps"] = 0.0 if coco else 1e-5
+    if name.startswith("ssdlite"):
+        values["reduced_tail"] = weights is not None or weights_backbone is None
+    return {**values, **_DEFAULTS.get(name, {})}
+
+
 def model_settings(name: str) -> tuple[str, ...]:
     """The settings that `build_model(name, ...)` accepts, sorted.
 
-    Plain numbers and lists only, so that they fit into a checkpoint, a YAML file and
-    a served artefact. `anchor_sizes` is a list of sizes per feature level, such as
-    `[[16], [32], [64]]`, in pixels of the resized tile.
+    Plain numbers, words and lists only, so that they fit into a checkpoint, a YAML
+    file and a served artefact. Those of torchvision's constructors have its names and
+    meaning; further ones are
+
+    - `anchor_sizes`: a list of sizes per feature level, such as `[[16], [32], [64]]`,
+      in pixels of the resized tile, and `aspect_ratios`, height / width. Another
+      number of them starts the head that uses them afresh.
+    - `trainable_backbone_layers`: stages of the backbone that learn, from its end.
+    - `backbone_norm`: "batch" learns, "frozen" keeps the pretrained statistics; and
+      `norm_eps`, the number in its denominator.
+    - `reduced_tail`: of SSDlite's backbone; ImageNet's weights fit the full one.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; valid names: {', '.join(MODELS)}")
-    family = _FAMILIES.get(name, FasterRCNN)
-    objects = {"backbone", "num_classes", "size", "head", "kwargs", "proposal_matcher"}
-    objects |= {"anchor_generator", "rpn_anchor_generator", "rpn_head"}
-    objects |= {"box_roi_pool", "box_head", "box_predictor"}
-    valid = set(inspect.signature(family).parameters) - objects
-    if family is not SSD and not name.endswith("_v2"):  # these fix their anchors
-        valid |= {"anchor_sizes", "aspect_ratios"}
-    if name in _FAMILIES or name.startswith("resnet152"):
-        valid.add("trainable_backbone_layers")
-    return tuple(sorted(valid))
+    return tuple(sorted(_default_settings(name, None, None)))
+
+
+def resolved_settings(
+    name: str,
+    weights: str | None = None,
+    weights_backbone: str | None = None,
+    **settings,
+) -> dict:
+    """Every setting of a model with the value it gets; for a checkpoint.
+
+    Args:
+        name, weights, weights_backbone, **settings: as for `build_model`.
+
+    Returns:
+        All of `model_settings(name)`, JSON types only. `build_model(name, num_classes,
+        **resolved)` needs no pretrained weights and makes the same network, ready for
+        `load_state_dict`, whatever the defaults are by then.
+
+    Raises:
+        ValueError: an unknown name or setting; the message lists the valid ones.
+    """
+    valid = model_settings(name)
+    unknown = sorted(set(settings) - set(valid))
+    if unknown:
+        raise ValueError(
+            f"{name} has no setting {', '.join(unknown)}; valid: {', '.join(valid)}"
+        )
+    given = {key: value for key, value in settings.items() if value is not None}
+    values = {**_default_settings(name, weights, weights_backbone), **given}
+    return {key: _plain(values[key]) for key in valid}
+
+
+def _plain(value):
+    """Tuples as lists, as they come back from JSON."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def build_model(
@@ -280,7 +478,7 @@ def build_model(
             random ones. Ignored where `weights` is given.
         **settings: constructor arguments of the detector, see `model_settings`:
             thresholds, proposals, detections per image, min_size and max_size,
-            anchor_sizes.
+            anchor_sizes. None stands for the default.
 
     Returns:
         A module in torchvision's convention: images are a list of float (3, H, W) in
@@ -292,23 +490,21 @@ def build_model(
         ValueError: an unknown name or setting; the message lists the valid ones.
         RuntimeError: the weights could not be downloaded.
     """
-    valid = model_settings(name)
-    unknown = sorted(set(settings) - set(valid))
-    if unknown:
-        raise ValueError(
-            f"{name} has no setting {', '.join(unknown)}; valid: {', '.join(valid)}"
-        )
-    if weights is not None and weights_backbone is not None:
+    values = resolved_settings(name, weights, weights_backbone, **settings)
+    layers = values.pop("trainable_backbone_layers", None)
+    norm = values.pop("backbone_norm", None), values.pop("norm_eps", None)
+    if weights is not None:
         weights_backbone = None  # COCO weights include the backbone
     try:
         if name == "fasterrcnn_small":
-            return _small(num_classes, weights, weights_backbone, **settings)
-        if name in _BODIES:
+            model = _small(num_classes, weights, weights_backbone, **values)
+        elif name in _BODIES:
             body = _BODIES[name]
-            return _fpn_fasterrcnn(
-                body, num_classes, weights, weights_backbone, **settings
+            model = _fpn_fasterrcnn(
+                body, num_classes, weights, weights_backbone, **values
             )
-        return _torchvision(name, num_classes, weights, weights_backbone, **settings)
+        else:
+            model = _torchvision(name, num_classes, weights, weights_backbone, **values)
     except (URLError, ConnectionError) as error:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise RuntimeError(
@@ -316,6 +512,11 @@ def build_model(
             f"the file into {folder}, or pass weights=None, weights_backbone=None to "
             "train from scratch."
         ) from error
+    if norm[0] is not None:
+        _set_norm(model.backbone.body, *norm)
+    if layers is not None:
+        _train_last(model.backbone, layers)
+    return model
 
 
 def model_from_checkpoint(path, device="cpu"):
@@ -359,6 +560,6 @@ def model_from_checkpoint(path, device="cpu"):
             f"the weights in {path} do not fit {checkpoint['architecture']} with "
             f"{len(checkpoint['class_names'])} classes: {str(error)[:300]}"
         ) from error
-    heavy = ("model", "optimizer", "scheduler", "rng")
+    heavy = ("model", "trained", "optimizer", "scheduler", "unreported")
     meta = {key: value for key, value in checkpoint.items() if key not in heavy}
     return model.to(device).eval(), meta

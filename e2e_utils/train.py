@@ -4,22 +4,26 @@
     torchrun --nproc_per_node=4 -m e2e_utils.train --data-path tiles \\
         --output-dir training --model fasterrcnn_resnet50_fpn --weights DEFAULT \\
         --epochs 26 --optimizer sgd --lr 0.02 --weight-decay 1e-4 \\
-        --lr-scheduler multistep --lr-steps 16 22
+        --lr-scheduler multistep --lr-steps 16 22 --aspect-ratio-group-factor 3
 
-Copy: this file, data.py, models.py and evaluate.py. It alone composes the others;
-the adapters to a cluster call `forward_losses`, `make_optimizer`, `lr_factor` and
-`seed_step`, so that a step means the same thing everywhere.
+SIGTERM makes it save and end with exit code 143; the same command goes on from there.
+
+Copy: this file, config.py, data.py, sampling.py, models.py, optim.py and evaluate.py.
+It alone composes the others; the adapters to a cluster call `forward_losses`,
+`make_optimizer`, `lr_factor` and `seed_step`, so that a step means the same thing
+everywhere.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import json
-import math
 import os
-import typing
+import signal
+import sys
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,47 +32,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from e2e_utils.config import TrainConfig, check_same_run, parse_args
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.models import build_model
+from e2e_utils.models import build_model, resolved_settings
+from e2e_utils.optim import lr_factor, make_optimizer, update_ema
+from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
 
-
-@dataclass
-class TrainConfig:
-    """Everything that decides a run. The defaults train the small detector on a CPU."""
-
-    data_path: str  # folder with train_300_02.json, train_images_300_02/, val_...
-    output_dir: str  # last.pt, best.pt and metrics.jsonl go here
-    model: str = "fasterrcnn_small"  # a name of e2e_utils.models.MODELS
-    weights: str | None = None  # "DEFAULT": COCO weights, needs a network
-    weights_backbone: str | None = None  # "DEFAULT": ImageNet weights
-    settings: dict = field(default_factory=dict)  # constructor arguments of the model
-    steps: int | None = None  # length of the run; instead of epochs
-    epochs: int = 26
-    batch_size: int = 2  # tiles a step on each process
-    optimizer: str = "adamw"  # or "sgd"
-    lr: float = 1.5e-3
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.05  # on matrices and kernels; never on norms and biases
-    lr_scheduler: str = "cosine"  # to 1 % of lr; or "multistep"
-    lr_steps: list[int] = field(default_factory=lambda: [16, 22])  # epochs, multistep
-    lr_gamma: float = 0.1  # factor at each of lr_steps
-    warmup: float = 0.05  # share of the steps with a linearly rising rate
-    clip_grad: float = 10.0  # largest norm of the gradient; 0 for none
-    amp: str = "auto"  # bfloat16 autocast: "on", "off", "auto" where hardware has it
-    eval_steps: int | None = None  # validate and save this often; once an epoch if None
-    workers: int = 0  # processes that load tiles
-    cache: bool = False  # keep decoded tiles in memory
-    seed: int = 0
-    device: str | None = None  # cuda if there is one
-    tile_size: int = 300  # of the tiles: finds the files, goes into the checkpoint
-    overlap: float = 0.2
-
-    def split(self, name: str) -> tuple[Path, Path]:
-        """(folder of tiles, COCO file) of "train" or "val" below data_path."""
-        tag = f"{self.tile_size}_{str(self.overlap).replace('.', '')}"
-        root = Path(self.data_path)
-        return root / f"{name}_images_{tag}", root / f"{name}_{tag}.json"
+REPORT_STEPS = 20  # losses are averaged over so many steps
+STOP_STEPS = 10  # several processes agree this often on whether to stop
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -133,7 +105,10 @@ def train_step(
     dtype: torch.dtype | None = None,
     clip_grad: float = 10.0,
 ) -> dict[str, torch.Tensor]:
-    """One step of the optimizer; the losses, detached, still on the device."""
+    """One step of the optimizer; the losses, detached, still on the device.
+
+    Nothing here waits for a GPU: no value of it is read on the host.
+    """
     losses = forward_losses(model, images, targets, dtype)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
@@ -143,62 +118,34 @@ def train_step(
     return {key: value.detach() for key, value in losses.items()}
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices and kernels only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-    raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {config.optimizer!r}")
-
-
-def lr_factor(config: TrainConfig, steps: int, steps_per_epoch: int) -> Callable:
-    """What multiplies the learning rate at a step, for `LambdaLR`."""
-    if config.lr_scheduler not in ("cosine", "multistep"):
-        raise ValueError(
-            f"lr_scheduler must be 'cosine' or 'multistep', got {config.lr_scheduler!r}"
-        )
-    warmup = round(config.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if config.lr_scheduler == "multistep":
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.lr_steps)
-            return config.lr_gamma**passed
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
-
-    return factor
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint so that it appears whole or not at all."""
     beside = path.with_suffix(".part")
-    torch.save(content, beside)
+    with beside.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # the name must not reach the disk before the bytes
     os.replace(beside, path)
 
 
 def start_process_group() -> tuple[int, int, int]:
     """(rank, world size, local rank), joining the group that torchrun announces."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if world_size > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank)  # NCCL gathers objects on this one
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if not dist.is_initialized():
         return 0, 1, 0
-    return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
+    return dist.get_rank(), dist.get_world_size(), local_rank
+
+
+def _anyone(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process; all of them must ask."""
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
 
 
 def evaluate_split(
@@ -235,24 +182,34 @@ def fit(
         report: told (metrics, step): losses every 20 steps, COCO metrics of the
             validation tiles at each evaluation.
         save: told the step of each checkpoint, after last.pt was written.
-        should_stop: asked after every step; if true, saves and returns.
+        should_stop: asked after every step; if true, saves and returns. Of several
+            processes any may say so; they agree on it every 10 steps.
         progress: show a bar.
 
     Returns:
-        The metrics of the last evaluation with "step", the step reached.
+        The metrics of the last evaluation, with the "step" at which it was.
 
     Raises:
         ValueError: output_dir holds a run of another configuration.
         FloatingPointError: the loss is not finite; names the tiles of that step.
     """
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema must be in 0..1, below 1, got {config.ema!r}")
     rank, world_size, local_rank = start_process_group()
     main = rank == 0
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     dtype = amp_dtype(config.amp, device)
+    if world_size > 1 and local_rank:
+        dist.barrier()  # one process of each machine writes what cache="disk" keeps
     train_set = CocoTiles(*config.split("train"), default_augment(), config.cache)
     val_set = CocoTiles(*config.split("val"), cache=config.cache)
-    steps_per_epoch = max(1, len(train_set) // (config.batch_size * world_size))
+    if world_size > 1 and not local_rank:
+        dist.barrier()
+    repeats = repeat_factors(train_set, config.repeat_threshold)
+    groups = aspect_ratio_groups(train_set, config.aspect_ratio_group_factor)
+    epoch_tiles = epoch_length(len(train_set), config.batch_size, repeats, groups)
+    steps_per_epoch = max(1, epoch_tiles // (config.batch_size * world_size))
     steps = config.steps or config.epochs * steps_per_epoch
     eval_steps = config.eval_steps or steps_per_epoch
 
@@ -264,21 +221,30 @@ def fit(
         config.weights_backbone,
         **config.settings,
     ).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config)
+    average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    judged = model if average is None else average  # what is evaluated and served
+    if config.compile:
+        model.backbone.compile()  # the rest has shapes that change with the tiles
+    scale = world_size if config.scale_lr else 1
+    optimizer = make_optimizer(model, replace(config, lr=config.lr * scale))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(config, steps, steps_per_epoch)
     )
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     start, best, metrics = 0, -1.0, {}
+    recent: list = []  # (losses, image ids); losses stay on the device until reported
     if (output / "last.pt").exists():
         state = torch.load(output / "last.pt", map_location=device, weights_only=True)
-        _same_run(state["config"], asdict(config), output)
-        model.load_state_dict(state["model"])
+        check_same_run(state["config"], config)
+        judged.load_state_dict(state["model"])
+        model.load_state_dict(state.get("trained", state["model"]))
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         start, best, metrics = state["step"], state["best"], state["metrics"]
-    log = _MetricsLog(output / "metrics.jsonl", start) if main else None
+        recent = [(losses, []) for losses in state.get("unreported", [])]
+        del state
+    log = _MetricsLog(output, start, config.tensorboard) if main else None
 
     def tell(values: dict, step: int) -> None:
         if main:
@@ -287,10 +253,14 @@ def fit(
                 report(values, step)
 
     def checkpoint(step: int) -> None:
+        _check_finite(recent, step, train_set)  # never save what cannot go on
         content = {
-            "model": model.state_dict(),
+            "model": judged.state_dict(),
             "architecture": config.model,
-            "settings": config.settings,
+            # all of them: a default that changes later must not change this model
+            "settings": resolved_settings(
+                config.model, config.weights, config.weights_backbone, **config.settings
+            ),
             "class_names": train_set.class_names,
             "tile_size": config.tile_size,
             "overlap": config.overlap,
@@ -303,9 +273,13 @@ def fit(
             "best": best,
         }
         if main:
-            save_checkpoint(output / "last.pt", content)
+            # best.pt first: killed in between, the run repeats this step and both
             if metrics and metrics["step"] == step and metrics["AP50"] == best:
                 save_checkpoint(output / "best.pt", content)
+            if average is not None:
+                content["trained"] = model.state_dict()
+            content["unreported"] = [losses for losses, _ in recent]
+            save_checkpoint(output / "last.pt", content)
             if save:
                 save(step)
 
@@ -322,59 +296,59 @@ def fit(
         workers=config.workers,
         rank=rank,
         world_size=world_size,
+        repeats=repeats,
+        groups=groups,
     )
     bar = tqdm(
         loader, "training", steps, initial=start, disable=not (progress and main)
     )
     model.train()
-    recent: list = []  # losses stay on the device until they are reported
+    stop = False
     for step, (images, targets) in enumerate(bar, start=start + 1):
         seed_step(config.seed, step, rank)
         losses = train_step(
             wrapped, optimizer, images, targets, dtype, config.clip_grad
         )
         scheduler.step()
-        recent.append((losses, [t["image_id"] for t in targets]))
-        stop = bool(should_stop and should_stop())
+        if average is not None:
+            update_ema(average, model, config.ema, step)
+        ids = [target["image_id"] for target in targets]
+        recent.append((torch.stack(list(losses.values())).float(), ids))
+        stop = stop or bool(should_stop and should_stop())
+        stops = stop
+        if world_size > 1:
+            stops = step % STOP_STEPS == 0 and _anyone(stop, device)
         evaluates = step % eval_steps == 0 or step == steps
-        if step % 20 == 0 or evaluates or stop:
-            values = _mean_losses(recent, step, train_set)
+        if step % REPORT_STEPS == 0 or evaluates:
+            mean = _check_finite(recent, step, train_set).mean(dim=0)
+            values = dict(zip(losses, mean.tolist(), strict=True))
             values["lr"] = scheduler.get_last_lr()[0]
             recent.clear()
             tell(values, step)
             bar.set_postfix(loss=f"{values['loss']:.3f}")
         if evaluates:
+            if world_size > 1:  # running statistics differ; those of rank 0 are saved
+                for buffer in judged.buffers():
+                    dist.broadcast(buffer, 0)
             metrics, _ = evaluate_split(
-                model, val_set, device, dtype, rank, world_size, config.workers
+                judged, val_set, device, dtype, rank, world_size, config.workers
             )
             metrics["step"] = step
             best = max(best, metrics["AP50"] or 0.0)
             tell({k: v for k, v in metrics.items() if k != "step"}, step)
-        if evaluates or stop:
+        saves = config.save_steps and step % config.save_steps == 0
+        if evaluates or saves or stops:
             checkpoint(step)
-        if stop:
+        if stops:
             break
     return metrics
 
 
-def _same_run(saved: dict, wanted: dict, output: Path) -> None:
-    """Refuse to continue a run whose results would differ from what was asked."""
-    free = {"output_dir", "data_path", "workers", "cache", "device"}
-    changed = [
-        f"{key}: {saved.get(key)!r} there, {value!r} asked"
-        for key, value in wanted.items()
-        if key not in free and saved.get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{output} holds a run of another configuration ({'; '.join(changed)}). "
-            "Remove the folder or choose another output_dir."
-        )
-
-
-def _mean_losses(recent: list, step: int, dataset: CocoTiles) -> dict[str, float]:
-    table = torch.stack([torch.stack(list(losses.values())) for losses, _ in recent])
-    values = table.float().cpu()
+def _check_finite(recent: list, step: int, dataset: CocoTiles) -> torch.Tensor:
+    """The losses of the steps up to `step`, float32 (steps, losses), on the host."""
+    if not recent:
+        return torch.zeros(0, 0)
+    values = torch.stack([losses for losses, _ in recent]).cpu()
     bad = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         ids = set(recent[bad[0]][1])
@@ -384,21 +358,44 @@ def _mean_losses(recent: list, step: int, dataset: CocoTiles) -> dict[str, float
             f"the loss is not finite at step {at}, on the tiles {', '.join(tiles)}. "
             "Lower lr, or look at these tiles and their boxes."
         )
-    return dict(zip(recent[0][0], values.mean(dim=0).tolist(), strict=True))
+    return values
 
 
 class _MetricsLog:
-    """metrics.jsonl: a line per report; a resumed run drops the lines after `start`."""
+    """metrics.jsonl, a line per report, and TensorBoard's events if asked.
 
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if start and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+    A resumed run drops what was written after `start`.
+    """
+
+    def __init__(self, output: Path, start: int, tensorboard: bool) -> None:
+        self.path = output / "metrics.jsonl"
+        kept = []
+        if start and self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                # a kill may have cut the last line, which is later than `start`
+                if not line.endswith("\n") or json.loads(line)["step"] > start:
+                    break
+                kept.append(line)
+        beside = self.path.with_suffix(".part")
+        beside.write_text("".join(kept))
+        os.replace(beside, self.path)
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(
+                str(output / "tensorboard"), purge_step=start + 1 if start else None
+            )
 
     def write(self, values: dict, step: int) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            kind = "train" if "loss" in values else "val"
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{kind}/{key}", value, step)
+            self.board.flush()
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -406,46 +403,27 @@ def read_metrics(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def parse_args(arguments: list[str] | None = None) -> TrainConfig:
-    """A TrainConfig from command line flags; each field is a flag."""
-    parser = argparse.ArgumentParser(
-        "e2e_utils.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    hints = typing.get_type_hints(TrainConfig)
-    required = ("data_path", "output_dir")
-    for option in fields(TrainConfig):
-        flag = "--" + option.name.replace("_", "-")
-        default = TrainConfig("", "").__dict__[option.name]
-        if option.name in required:
-            parser.add_argument(flag, required=True)
-        elif isinstance(default, bool):
-            parser.add_argument(
-                flag, default=default, action=argparse.BooleanOptionalAction
-            )
-        elif isinstance(default, list):
-            parser.add_argument(flag, default=default, nargs="+", type=int)
-        elif isinstance(default, dict):
-            parser.add_argument(flag, default=default, type=json.loads, metavar="JSON")
-        else:
-            kinds = [
-                k for k in typing.get_args(hints[option.name]) if k is not type(None)
-            ]
-            kind = kinds[0] if kinds else hints[option.name]
-            parser.add_argument(flag, default=default, type=kind)
-    return TrainConfig(**vars(parser.parse_args(arguments)))
-
-
 def main() -> None:
     config = parse_args()
+    terminated, saved = threading.Event(), []
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
     def show(values: dict, step: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         told = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items())
         tqdm.write(f"step {step}  {told}")
 
-    fit(config, report=show)
+    fit(config, report=show, save=saved.append, should_stop=terminated.is_set)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if terminated.is_set():
+        if saved:  # on the process that writes
+            print(
+                f"stopped by SIGTERM; {config.output_dir}/last.pt holds step "
+                f"{saved[-1]}, and the same command goes on from there",
+                file=sys.stderr,
+            )
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

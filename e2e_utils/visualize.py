@@ -1,4 +1,4 @@
-"""Pictures: boxes on tiles and scenes, learning curves, bars.
+"""Pictures: boxes on tiles and scenes, curves, bars, sizes, a confusion matrix.
 
 Copy: this file.
 
@@ -9,7 +9,7 @@ the classes instead of captions on boxes that are smaller than a letter.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import matplotlib.pyplot as plt
@@ -191,3 +191,108 @@ def bars(
     axis.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
+
+
+def confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """A confusion matrix, each row as shares of the objects of its class.
+
+    Args:
+        matrix: int (C + 1, C + 1) of `e2e_utils.mistakes.confusion_matrix`, the
+            background first. Classes without an object or a detection are left out.
+        names: of the C + 1 rows.
+    """
+    matrix = np.asarray(matrix)
+    present = np.flatnonzero((matrix + matrix.T)[1:].sum(axis=1)) + 1
+    order = [*present.tolist(), 0]  # what was missed and made up closes the table
+    part = matrix[np.ix_(order, order)]
+    shares = part / np.maximum(part.sum(axis=1, keepdims=True), 1)
+    size = min(11.0, 2.5 + 0.38 * len(order))
+    figure, axis = plt.subplots(figsize=(size, size * 0.9), layout="constrained")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = [names[i] for i in order]
+    axis.set_xticks(range(len(order)), ticks, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(order)), ticks, fontsize=8)
+    axis.set(xlabel="found", ylabel="labelled")
+    if len(order) <= 25:
+        for row, column in np.argwhere(part):
+            ink = "white" if shares[row, column] > 0.5 else "black"
+            text = str(part[row, column])
+            axis.text(column, row, text, ha="center", va="center", color=ink, size=7)
+    plt.close(figure)
+    return figure
+
+
+def size_histogram(
+    areas: Mapping[str, Sequence[float]], ylabel: str = "objects"
+) -> Figure:
+    """How large objects are, with COCO's bounds of small, medium and large.
+
+    Args:
+        areas: name -> areas in pixels^2, more than 0; several are stacked.
+        ylabel: what is counted.
+
+    Raises:
+        ValueError: there is no area.
+    """
+    sides = [np.sqrt(np.asarray(values, np.float64)) for values in areas.values()]
+    every = np.concatenate([*sides, np.empty(0)])
+    if not len(every):
+        raise ValueError(f"no area in {list(areas)}: nothing to draw")
+    low, high = min(4.0, every.min()), max(128.0, every.max())
+    figure, axis = plt.subplots(figsize=(7.5, 3), layout="constrained")
+    axis.hist(
+        sides, np.geomspace(low, high, 30), stacked=True, label=list(areas), rwidth=0.95
+    )
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    for side, name in ((32, "small | medium"), (96, "medium | large")):
+        axis.axvline(side, color="0.4", linestyle="--", linewidth=1)
+        axis.text(side, 1.01, name, transform=axis.get_xaxis_transform(), ha="center")
+    axis.set(xlabel="side of the object, square root of its area, pixels")
+    axis.set_ylabel(ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(sides) > 1:
+        axis.legend(frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def close_up(
+    image: np.ndarray,
+    labelled_xyxy: Sequence[float] | None = None,
+    found_xyxy: Sequence[float] | None = None,
+    size: int = 240,
+    least: int = 64,
+) -> np.ndarray:
+    """A square around a detection and its object: labelled in white, found in red.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        labelled_xyxy, found_xyxy: in pixels of `image`; at least one of them.
+        size: side of the result in pixels.
+        least: least side of the square in pixels of `image`; it grows with the boxes.
+
+    Returns:
+        uint8 (size, size, 3), RGB; black beyond the borders of the image.
+    """
+    boxes = [
+        (np.asarray(box, np.float64), color, width)
+        for box, color, width in (
+            (labelled_xyxy, (255, 255, 255), 3),
+            (found_xyxy, (255, 0, 0), 2),
+        )
+        if box is not None
+    ]
+    if not boxes:
+        raise ValueError("close_up needs labelled_xyxy or found_xyxy; both are None")
+    low = np.min([box[:2] for box, _, _ in boxes], axis=0)
+    high = np.max([box[2:] for box, _, _ in boxes], axis=0)
+    side = max(float(least), 1.5 * float((high - low).max()))
+    corner, scale = (low + high - side) / 2, size / side
+    matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
+    canvas = cv2.warpAffine(np.ascontiguousarray(image), matrix, (size, size))
+    for box, color, width in boxes:
+        x1, y1, x2, y2 = np.round((box - np.tile(corner, 2)) * scale).astype(int)
+        corners = (int(x1), int(y1)), (int(x2), int(y2))
+        cv2.rectangle(canvas, *corners, color, width)
+    return canvas

@@ -1,5 +1,10 @@
 import json
+import math
+import pickle
+from collections import Counter
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +16,7 @@ from e2e_utils.data import (
     eval_loader,
     train_loader,
 )
+from e2e_utils.sampling import aspect_ratio_groups, repeat_factors
 
 
 @pytest.fixture
@@ -138,3 +144,158 @@ def test_the_cache_returns_the_same_tile(tiles, train_set):
     cached = CocoTiles(train_set.image_dir, train_set.json_path, cache=True)
     assert torch.equal(cached.read(3), train_set.read(3))
     assert cached.read(3) is cached.read(3)
+
+
+def test_the_cache_on_disk_returns_the_same_tiles(tiles, tmp_path, train_set):
+    file = tmp_path / "train_300_02.json"
+    file.write_text((tiles / "train_300_02.json").read_text())
+    made = CocoTiles(train_set.image_dir, file, cache="disk")
+    for index in range(len(made)):
+        assert torch.equal(made.read(index), train_set.read(index))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2 and names[0].startswith("train_300_02-decoded-")
+    assert (tmp_path / names[0]).stat().st_size == 12 * 3 * 96 * 96
+    assert len(pickle.dumps(made)) < 3 * 96 * 96 * 12  # workers get its name only
+    before = (tmp_path / names[0]).stat().st_mtime_ns
+    CocoTiles(train_set.image_dir, file, cache="disk")
+    assert (tmp_path / names[0]).stat().st_mtime_ns == before  # not made again
+
+
+def test_the_cache_on_disk_follows_a_tile_that_changed(tiles, tmp_path):
+    for file in (tiles / "val_images_300_02").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "val_300_02.json"
+    file.write_text((tiles / "val_300_02.json").read_text())
+    CocoTiles(tmp_path, file, cache="disk")
+    picture = np.full((96, 96, 3), 77, np.uint8)
+    cv2.imwrite(str(tmp_path / "val_2.jpg"), picture)
+    changed = CocoTiles(tmp_path, file, cache="disk")
+    assert changed.read(1).unique().tolist() == [77]
+    assert len(list(tmp_path.glob("*.u8"))) == 1  # the old one is gone
+
+    cv2.imwrite(str(tmp_path / "val_2.jpg"), picture[:50])
+    with pytest.raises(ValueError, match=r"val_2\.jpg is \(50, 96\), and .*\(96, 96\)"):
+        CocoTiles(tmp_path, file, cache="disk")
+    (tmp_path / "val_3.jpg").write_bytes(b"no jpeg")
+    (tmp_path / "val_2.jpg").unlink()
+    with pytest.raises(ValueError, match=r"val_2\.jpg is missing"):
+        CocoTiles(tmp_path, file, cache="disk")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_unknown_cache_is_quoted(tiles, train_set):
+    with pytest.raises(ValueError, match="'off', 'memory' or 'disk', got 'ram'"):
+        CocoTiles(train_set.image_dir, train_set.json_path, cache="ram")
+
+
+class Table:
+    """Labels and sizes without tiles, as the samplers ask for them."""
+
+    def __init__(self, labels=(), sizes=()):
+        self._labels, self._sizes = list(labels), list(sizes)
+
+    def __len__(self):
+        return max(len(self._labels), len(self._sizes))
+
+    def labels(self, index):
+        return torch.tensor(self._labels[index], dtype=torch.int64)
+
+    def size(self, index):
+        return self._sizes[index]
+
+
+def test_repeat_factors_are_those_of_lvis():
+    # class 1 in 8 of 10 tiles, class 2 in one, class 3 in two; a tile without objects
+    labels = [[1]] * 6 + [[1, 2, 2], [1, 3], [3], []]
+    factors = repeat_factors(Table(labels), 0.4)
+    assert factors[:6] == [1.0] * 6 and factors[9] == 1.0
+    assert factors[6] == pytest.approx(math.sqrt(0.4 / 0.1))
+    assert factors[7] == factors[8] == pytest.approx(math.sqrt(0.4 / 0.2))
+    assert repeat_factors(Table(labels), 0.0) is None
+    with pytest.raises(ValueError, match="repeat_threshold must be in 0..1, got 2"):
+        repeat_factors(Table(labels), 2)
+
+
+REPEATS = [1.0, 1.0, 2.4, 1.0, 3.0, 1.5, 1.0]  # together 10.9
+
+
+def epochs(sampler, count):
+    flat = [index for batch in sampler for index, _ in batch]
+    size = sampler.epoch_length
+    return [Counter(flat[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def test_tiles_are_repeated_by_their_factors():
+    sampler = StepSampler(7, 1, 11 * 300, repeats=REPEATS)
+    assert sampler.epoch_length == 11
+    counts = epochs(sampler, 300)
+    for index, factor in enumerate(REPEATS):
+        times = [epoch[index] for epoch in counts]
+        # ceil(10.9) tiles share the 0.1 that rounding adds
+        low, high = math.floor(factor), math.ceil(factor * 11 / 10.9)
+        assert low <= min(times) and max(times) <= high
+        assert sum(times) / 300 == pytest.approx(factor * 11 / 10.9, abs=0.1)
+
+
+def test_a_repeated_order_is_resumed_and_shared_among_ranks():
+    whole = list(StepSampler(7, 2, 40, seed=3, repeats=REPEATS))
+    assert list(StepSampler(7, 2, 40, 17, seed=3, repeats=REPEATS)) == whole[17:]
+    parts = [
+        list(StepSampler(7, 1, 40, 0, 3, rank, 2, repeats=REPEATS)) for rank in (0, 1)
+    ]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+
+
+def test_factors_of_one_change_only_the_lot():
+    counts = epochs(StepSampler(7, 1, 21, repeats=[1.0] * 7), 3)
+    assert all(epoch == Counter(range(7)) for epoch in counts)
+
+
+def test_aspect_ratio_groups_have_the_borders_of_the_references():
+    sizes = [(300, 300), (150, 300), (149, 300), (300, 170), (300, 150), (300, 100)]
+    # oracle: 2 ** np.linspace(-1, 1, 2 * k + 1), bisect_right
+    borders = 2 ** np.linspace(-1, 1, 7)
+    expected = [int(np.searchsorted(borders, h / w, side="right")) for h, w in sizes]
+    assert aspect_ratio_groups(Table(sizes=sizes), 3) == expected
+    assert aspect_ratio_groups(Table(sizes=sizes), 0) == [1, 0, 0, 1, 1, 1]
+    assert aspect_ratio_groups(Table(sizes=sizes), -1) is None
+    assert aspect_ratio_groups(Table(sizes=[(300, 300)] * 4), 3) is None
+    with pytest.raises(ValueError, match="aspect_ratio_group_factor.*got -2"):
+        aspect_ratio_groups(Table(sizes=sizes), -2)
+
+
+GROUPS = [0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("repeats", [None, [1.0] * 5 + [2.5] * 6])
+def test_each_batch_is_of_one_group(repeats):
+    sampler = StepSampler(11, 3, 60, seed=2, repeats=repeats, groups=GROUPS)
+    batches = [[index for index, _ in batch] for batch in sampler]
+    assert all(len({GROUPS[i] for i in batch}) == 1 for batch in batches)
+    assert {i for batch in batches for i in batch} == set(range(11))
+    resumed = StepSampler(11, 3, 60, 25, seed=2, repeats=repeats, groups=GROUPS)
+    assert list(resumed) == list(sampler)[25:]
+    parts = [
+        list(StepSampler(11, 3, 30, 0, 2, rank, 2, repeats, GROUPS)) for rank in (0, 1)
+    ]
+    together = [batch for pair in zip(*parts, strict=True) for batch in pair]
+    assert together == list(sampler)
+
+
+def test_a_grouped_epoch_shows_every_tile_and_few_twice():
+    sampler = StepSampler(11, 3, 25, groups=GROUPS)
+    assert sampler.epoch_length == 15  # batches of the groups: 3, 1 and 1
+    for epoch in epochs(sampler, 5):
+        assert set(epoch) == set(range(11)) and sum(epoch.values()) == 15
+        assert all(epoch[i] <= 2 for i in range(11) if i != 6)  # 6 is alone
+
+
+def test_loaders_take_repeats_and_groups(train_set):
+    loader = train_loader(train_set, 2, 6, repeats=[1.0] * 11 + [2.0], groups=None)
+    seen = [t["image_id"] for _, targets in loader for t in targets]
+    assert len(seen) == 12
+    sizes = [train_set.size(i) for i in range(len(train_set))]
+    assert set(sizes) == {(96, 96)}
+    del train_set.images[0]["height"]
+    with pytest.raises(ValueError, match=r"image 1 of .*_02\.json has no height"):
+        train_set.size(0)

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import json
 
@@ -7,9 +8,17 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from e2e_utils.data import CocoTiles, eval_loader
-from e2e_utils.evaluate import coco_metrics, detect, to_coco
+from e2e_utils.evaluate import (
+    AREAS,
+    coco_metrics,
+    detect,
+    overlaps,
+    recall_ceiling,
+    to_coco,
+)
 
 
 def scene(boxes: int, seed: int, images: int = 4) -> tuple[dict, list]:
@@ -45,21 +54,54 @@ def scene(boxes: int, seed: int, images: int = 4) -> tuple[dict, list]:
     }, found
 
 
+def pycocotools(truth: dict, found: list) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO()
+        reference.dataset = copy.deepcopy(truth)
+        reference.createIndex()
+        run = COCOeval(reference, reference.loadRes(copy.deepcopy(found)), "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_figures_equal_those_of_pycocotools(seed):
     truth, found = scene(60, seed)
     ours = coco_metrics(truth, found, max_dets=(1, 10, 100))
-    with contextlib.redirect_stdout(io.StringIO()):
-        reference = COCO()
-        reference.dataset = truth
-        reference.createIndex()
-        run = COCOeval(reference, reference.loadRes(found), "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
+    run = pycocotools(truth, found)
     names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
     names += ["AR_1", "AR_10", "AR_100"]
     assert [ours[n] for n in names] == pytest.approx(run.stats[:9], abs=1e-6)
+
+
+def test_the_tables_equal_those_of_pycocotools():
+    truth, found = scene(60, seed=5)
+    ours = coco_metrics(truth, found, (1, 10, 100), tables=True)
+    precision = pycocotools(truth, found).eval["precision"][..., 2]
+    for index, name in enumerate("ab"):
+        mine = ours["per_class_AP"][name]
+        assert mine == pytest.approx(precision[:, :, index, 0].mean(), abs=1e-6)
+        for area, size in enumerate(AREAS[1:], start=1):
+            values = precision[0, :, index, area]
+            mine = ours["per_class_size"][size].get(name)
+            assert mine == (None if values[0] < 0 else pytest.approx(values.mean()))
+
+
+def test_the_input_stays_as_it_was():
+    truth, found = scene(20, seed=4)
+    before = copy.deepcopy((truth, found))
+    coco_metrics(truth, found)
+    assert (truth, found) == before
+
+
+def test_an_annotation_of_id_0_counts_like_any_other():
+    truth, found = scene(20, seed=4)
+    expected = coco_metrics(truth, found)
+    for index, row in enumerate(truth["annotations"]):
+        row["id"] = index
+    assert coco_metrics(truth, found) == expected
 
 
 def test_a_perfect_detector_is_capped_only_by_max_dets():
@@ -135,3 +177,49 @@ def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
     assert model.training
     truth = json.loads((tiles / "val_300_02.json").read_text())
     assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1_000_000])
+def test_overlaps_are_those_of_torchvision_within_a_key(chunk):
+    rng = np.random.default_rng(0)
+
+    def boxes(count):
+        low = rng.integers(0, 60, (count, 2))
+        return np.concatenate([low, low + rng.integers(0, 40, (count, 2))], 1) * 1.0
+
+    found, truth = boxes(70), boxes(50)
+    found_key, truth_key = rng.integers(0, 5, 70), rng.integers(1, 6, 50)
+    pairs = overlaps(found_key, found, truth_key, truth, 0.1, chunk)
+    iou = box_iou(torch.from_numpy(found), torch.from_numpy(truth)).numpy()
+    iou[found_key[:, None] != truth_key] = 0
+    expected = np.nonzero(np.nan_to_num(iou) >= 0.1)
+    table = {(f, t): v for f, t, v in zip(*pairs, strict=True)}
+    assert set(table) == set(zip(*expected, strict=True)) and len(table) > 20
+    assert all(v == pytest.approx(iou[f, t]) for (f, t), v in table.items())
+    assert (np.diff(pairs[0]) >= 0).all()
+
+
+def test_no_boxes_have_no_overlaps():
+    none, box = np.empty((0, 4)), np.array([[0.0, 0, 9, 9]])
+    for found, truth in ((none, box), (box, none), (none, none)):
+        keys = np.zeros(len(found), int), np.zeros(len(truth), int)
+        pairs = overlaps(keys[0], found, keys[1], truth, 0.5)
+        assert [len(part) for part in pairs] == [0, 0, 0]
+
+
+def test_the_recall_ceiling_is_what_the_caps_let_through():
+    rows = [{"image_id": 1, "category_id": 0}] * 30
+    rows += [{"image_id": 1, "category_id": 1}] * 10
+    rows += [{"image_id": 2, "category_id": 1}] * 10
+    truth = {"images": [{"id": 1}, {"id": 2}, {"id": 3}], "annotations": rows}
+    assert recall_ceiling(truth, (1, 20, 50)) == {1: 2 / 50, 20: 30 / 50, 50: 1.0}
+    assert recall_ceiling(truth, [20], per_class=True) == {20: 40 / 50}
+
+
+def test_a_ceiling_needs_objects_and_caps():
+    truth = {"images": [], "annotations": []}
+    with pytest.raises(ValueError, match="0 objects and caps"):
+        recall_ceiling(truth)
+    truth["annotations"] = [{"image_id": 1, "category_id": 0}]
+    with pytest.raises(ValueError, match=r"caps \[0\]"):
+        recall_ceiling(truth, [0])

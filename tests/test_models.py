@@ -1,12 +1,24 @@
+import copy
+import inspect
+import json
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torchvision.models import detection
+from torchvision.models._api import WeightsEnum
+from torchvision.models.detection import backbone_utils, ssd, ssdlite
 
 from e2e_utils import models
-from e2e_utils.models import MODELS, build_model, model_from_checkpoint, model_settings
+from e2e_utils.models import (
+    MODELS,
+    build_model,
+    model_from_checkpoint,
+    model_settings,
+    resolved_settings,
+)
 
 # these take gigabytes, or many seconds on a CPU
 LARGE = (
@@ -57,25 +69,212 @@ def test_a_misspelt_setting_lists_the_valid_ones():
         build_model("fasterrcnn_small", box_nms_threshold=0.3)
 
 
+def described(thing, path="model"):
+    """Every plain value in a model, and the shape and fate of every weight."""
+    if isinstance(thing, torch.Tensor):
+        yield path, (tuple(thing.shape), thing.requires_grad)
+    elif isinstance(thing, (list, tuple)):
+        for i, value in enumerate(thing):
+            yield from described(value, f"{path}.{i}")
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            yield from described(value, f"{path}.{key}")
+    elif isinstance(thing, (bool, int, float, str)):
+        yield path, thing
+    elif hasattr(thing, "__dict__") and not inspect.isroutine(thing):
+        yield path, type(thing).__name__
+        yield from described(vars(thing), path)
+
+
+def empty(name, **settings):
+    """A model without storage: what it is made of, at no cost."""
+    with torch.device("meta"):
+        return dict(described(build_model(name, 4, **settings)))
+
+
+def another(name, setting, value):
+    """A value of the setting that is not the default."""
+    if setting == "backbone_norm":
+        return "frozen"
+    if setting == "anchor_sizes":
+        return [[size * 0.5 for size in level] for level in value]
+    if setting == "aspect_ratios":
+        return [0.3, 1.0, 3.0]
+    if setting == "trainable_backbone_layers":
+        return 1
+    if setting.endswith("fg_iou_thresh"):
+        return 0.9  # never below bg_iou_thresh
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [v * 0.9 for v in value]
+    return value + 7 if isinstance(value, int) else value * 0.5 + 0.01
+
+
+# one name for each family, and each of our own kinds
+FAMILIES = [
+    "fasterrcnn_small",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+    pytest.param("efficientnet_b4_fasterrcnn_model", marks=pytest.mark.slow),
+    pytest.param("resnet152_fasterrcnn_model", marks=pytest.mark.slow),
+    pytest.param("convnext_small_fasterrcnn_model", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_setting_takes_effect_in_the_built_model(name):
+    default = empty(name)
+    for setting, value in resolved_settings(name).items():
+        wanted = another(name, setting, value)
+        built = empty(name, **{setting: wanted})
+        changed = {built.get(k) for k in built if built.get(k) != default.get(k)}
+        assert changed, f"{setting}={wanted} changes nothing in {name}"
+        if isinstance(wanted, (int, float)) and setting not in (
+            "trainable_backbone_layers",  # weights that learn
+            "reduced_tail",  # channels
+            "positive_fraction",  # SSD keeps negatives for each positive
+        ):
+            assert wanted in changed, f"{setting}={wanted} is not in {name}"
+        if isinstance(wanted, list):
+            assert {v for v in wanted if isinstance(v, float)} <= changed | {1.0}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resolved_settings_say_all_and_build_the_same_model(name):
+    resolved = resolved_settings(name)
+    assert tuple(resolved) == model_settings(name)
+    assert json.loads(json.dumps(resolved)) == resolved
+    assert resolved_settings(name, **resolved) == resolved
+    assert empty(name, **resolved) == empty(name)
+
+
+def test_resolved_settings_survive_a_default_that_changes(monkeypatch):
+    resolved = resolved_settings("fasterrcnn_small", rpn_nms_thresh=0.6)
+    assert resolved["rpn_nms_thresh"] == 0.6
+    before = empty("fasterrcnn_small", **resolved)
+    later = {**models._DEFAULTS["fasterrcnn_small"], "min_size": 1, "image_std": [1.0]}
+    monkeypatch.setitem(models._DEFAULTS, "fasterrcnn_small", later)
+    assert empty("fasterrcnn_small") != before
+    assert empty("fasterrcnn_small", **resolved) == before
+
+
+@pytest.mark.parametrize("name", sorted(models._FAMILIES))
+def test_our_defaults_are_those_of_torchvision(name):
+    with torch.device("meta"):
+        builder = getattr(detection, name)
+        theirs = builder(weights=None, weights_backbone=None, num_classes=4)
+    assert empty(name) == dict(described(theirs))
+
+
+BACKBONES = {
+    "fasterrcnn_resnet50_fpn": lambda n: backbone_utils._resnet_fpn_extractor(
+        torchvision.models.resnet50(), n
+    ),
+    "ssd300_vgg16": lambda n: ssd._vgg_extractor(torchvision.models.vgg16(), False, n),
+    "ssdlite320_mobilenet_v3_large": lambda n: ssdlite._mobilenet_extractor(
+        torchvision.models.mobilenet_v3_large(), n, nn.BatchNorm2d
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_stages_that_learn_are_those_of_torchvision(name):
+    most = resolved_settings(name)["trainable_backbone_layers"]
+    with torch.device("meta"):
+        model = build_model(name, 4)
+        for layers in range(most + 1):
+            models._train_last(model.backbone, layers)
+            ours = {k: p.requires_grad for k, p in model.backbone.named_parameters()}
+            theirs = BACKBONES[name](layers).named_parameters()
+            assert ours == {k: p.requires_grad for k, p in theirs}
+        with pytest.raises(ValueError, match=f"layers is 9; give 0 to {most}"):
+            build_model(name, 4, trainable_backbone_layers=9)
+
+
 @pytest.mark.parametrize(
-    ("setting", "value", "where"),
+    ("name", "ratios"),
     [
-        ("box_score_thresh", 0.25, lambda m: m.roi_heads.score_thresh),
-        ("box_nms_thresh", 0.33, lambda m: m.roi_heads.nms_thresh),
-        ("box_detections_per_img", 77, lambda m: m.roi_heads.detections_per_img),
-        ("rpn_nms_thresh", 0.61, lambda m: m.rpn.nms_thresh),
-        ("min_size", 200, lambda m: m.transform.min_size[0]),
-        ("max_size", 640, lambda m: m.transform.max_size),
-        (
-            "anchor_sizes",
-            [[8], [24], [48]],
-            lambda m: list(map(list, m.rpn.anchor_generator.sizes)),
-        ),
+        ("fasterrcnn_resnet50_fpn", 2),
+        ("fasterrcnn_resnet50_fpn_v2", 2),
+        ("retinanet_resnet50_fpn_v2", 2),
+        ("fasterrcnn_small", 4),
     ],
 )
-def test_a_setting_takes_effect_in_the_built_model(setting, value, where):
-    assert where(build_model("fasterrcnn_small", 4)) != value
-    assert where(build_model("fasterrcnn_small", 4, **{setting: value})) == value
+def test_another_number_of_anchors_gives_a_head_for_it(name, ratios):
+    settings = {"aspect_ratios": [0.5 + i for i in range(ratios)]}
+    small = {"min_size": 64, "max_size": 64}
+    model = build_model(name, 4, **settings, **small).eval()
+    assert set(model([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("fasterrcnn_small", [[16], [32]], "give 3 lists"),
+        ("fasterrcnn_resnet50_fpn", [[16], [32], [64]], "give 5 lists"),
+        ("fasterrcnn_small", [[16], [32, 40], [64]], "of equal length"),
+        ("fcos_resnet50_fpn", [[8, 9]] * 5, "FCOS takes one size"),
+    ],
+)
+def test_anchors_that_do_not_fit_the_levels_are_refused(name, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, 4, anchor_sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained"),
+    [
+        ("fasterrcnn_resnet50_fpn", "weights"),
+        ("fcos_resnet50_fpn", "weights"),
+        ("retinanet_resnet50_fpn_v2", "weights"),
+        ("ssdlite320_mobilenet_v3_large", "weights"),
+        ("fasterrcnn_resnet50_fpn", "weights_backbone"),
+        ("ssdlite320_mobilenet_v3_large", "weights_backbone"),
+    ],
+)
+def test_what_began_with_pretrained_weights_is_rebuilt_without(
+    name, pretrained, monkeypatch
+):
+    """A stand-in for the download: torchvision's own layout, random values."""
+
+    def download(weights, **_):
+        if pretrained == "weights_backbone":
+            kind = "resnet50" if "resnet50" in name else "mobilenet_v3_large"
+            model = getattr(torchvision.models, kind)()
+        else:
+            builder = getattr(detection, name)
+            model = builder(weights=None, weights_backbone=None, num_classes=91)
+        state = model.state_dict()
+        for key, value in state.items():
+            if key.endswith("running_var"):
+                value.uniform_(1e-5, 2e-5)  # where eps matters
+        return state
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", download)
+    small = {"min_size": 64, "max_size": 64} if "ssd" not in name else {}
+    began = build_model(name, 4, **{pretrained: "DEFAULT"}, **small).eval()
+    resolved = resolved_settings(name, **{pretrained: "DEFAULT"}, **small)
+    again = build_model(name, 4, **resolved).eval()
+    again.load_state_dict(copy.deepcopy(began.state_dict()))
+    assert dict(described(again)) == dict(described(began))
+    image = torch.rand(1, 3, 64, 64)
+    for one, other in zip(
+        began.backbone(image).values(), again.backbone(image).values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_norm_that_was_frozen_can_learn_and_keeps_its_numbers():
+    frozen = build_model("fasterrcnn_resnet50_fpn", 4, backbone_norm="frozen")
+    names = {type(m).__name__ for m in frozen.backbone.body.modules()}
+    assert "FrozenBatchNorm2d" in names and "BatchNorm2d" not in names
+    with pytest.raises(ValueError, match="'batch' or 'frozen', got 'group'"):
+        build_model("fasterrcnn_resnet50_fpn", 4, backbone_norm="group")
 
 
 def test_the_small_detector_says_that_it_has_no_pretrained_weights():

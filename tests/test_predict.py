@@ -1,10 +1,24 @@
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from torch import nn
+from torchvision.ops import batched_nms
 
-from e2e_utils.predict import predict_image, predict_scene
+from e2e_utils import predict
+from e2e_utils.convert import read_classes
+from e2e_utils.evaluate import to_coco
+from e2e_utils.models import build_model
+from e2e_utils.predict import predict_image, predict_scene, save_json, to_geojson
+
+NAMES = ["background", "ship", "truck", "square", "tank", "plane"]
 
 
 def area(box) -> float:
@@ -95,3 +109,274 @@ def test_the_threshold_drops_weak_boxes():
 def test_what_is_no_rgb_picture_is_refused_with_its_shape(image):
     with pytest.raises(ValueError, match=rf"{image.dtype} \({image.shape[0]}"):
         predict_image(BrightSquares(), image)
+
+
+def noise(height, width, seed=0):
+    """Something to see at every scale, and no tile dark enough to be special."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def talkative_detector():
+    """Untrained, but with class scores so far apart that it finds many boxes."""
+    torch.manual_seed(0)
+    model = build_model("fasterrcnn_small", len(NAMES), box_detections_per_img=40)
+    model.roi_heads.box_predictor.cls_score.weight.data.mul_(30)
+    return model.eval()
+
+
+def test_the_boxes_are_those_of_sahi():
+    from sahi import AutoDetectionModel
+    from sahi.predict import get_sliced_prediction
+
+    model, image = talkative_detector(), noise(700, 820)
+    peer = get_sliced_prediction(
+        image,
+        AutoDetectionModel.from_pretrained(
+            "torchvision",
+            model=model,
+            category_mapping={str(i): name for i, name in enumerate(NAMES)},
+            confidence_threshold=0.05,
+            device="cpu",
+        ),
+        slice_height=300,
+        slice_width=300,
+        perform_standard_pred=False,
+        postprocess_type="NMS",
+        postprocess_match_metric="IOU",
+        verbose=0,
+    ).object_prediction_list
+    found = predict_scene(model, image, border=0, class_names=NAMES)
+    assert len(peer) == len(found["scores"]) > 100
+    theirs = np.array([[*p.bbox.to_xyxy(), p.category.id, p.score.value] for p in peer])
+    ours = np.column_stack([found[k] for k in ("boxes_xyxy", "labels", "scores")])
+    for row in ours:  # in any order: equal scores have none
+        assert np.abs(theirs - row).max(axis=1).min() < 1e-2
+    assert sorted(found["names"]) == sorted(p.category.name for p in peer)
+
+
+def test_the_model_is_left_as_it_was():
+    model, image = talkative_detector(), noise(300, 300)
+    before = {key: value.stride() for key, value in model.state_dict().items()}
+    predict_scene(model, image)
+    assert not model.backbone._forward_pre_hooks
+    assert {k: v.stride() for k, v in model.state_dict().items()} == before
+    with pytest.raises(ValueError, match="label"):
+        predict_scene(model, image, class_names=["background"])
+    assert not model.backbone._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["tif", "lzw", "planar", "png", "str"])
+def test_a_file_gives_the_boxes_of_its_pixels(tmp_path, kind):
+    image = square_scene([(10, 10), (250, 40), (500, 250), (790, 670)])
+    path = tmp_path / ("scene.png" if kind == "png" else "scene.tif")
+    if kind == "png":
+        cv2.imwrite(str(path), image)
+    elif kind == "planar":
+        bands = np.moveaxis(image, -1, 0)
+        tifffile.imwrite(path, bands, photometric="rgb", planarconfig="separate")
+    else:
+        packed = "lzw" if kind == "lzw" else None
+        tifffile.imwrite(path, image, photometric="rgb", compression=packed)
+    wanted = predict_scene(BrightSquares(), image, size=200)
+    found = predict_scene(BrightSquares(), str(path) if kind == "str" else path, 200)
+    assert len(wanted["scores"]) == 4
+    for key in wanted:
+        np.testing.assert_array_equal(found[key], wanted[key])
+
+
+def test_a_file_that_is_no_scene_is_named(tmp_path):
+    (tmp_path / "notes.tif").write_text("no picture")
+    with pytest.raises(ValueError, match="notes.tif"):
+        predict_scene(BrightSquares(), tmp_path / "notes.tif")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from e2e_utils.predict import predict_scene
+
+class Blind(torch.nn.Module):  # a test double: finds nothing, so the pixels are all
+    def __init__(self):
+        super().__init__()
+        self.device = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, images):
+        nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0)}
+        return [{**nothing, "labels": torch.zeros(0, dtype=torch.int64)}] * len(images)
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+before = peak()
+found = predict_scene(Blind(), sys.argv[1], size=600)
+print(len(found["scores"]), peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it")
+def test_a_large_scene_on_disk_needs_the_memory_of_a_row_of_tiles(tmp_path):
+    shape = (12_000, 12_000, 3)  # 432 MB, sparse: takes no room on the disk
+    path = tmp_path / "large.tif"
+    tifffile.memmap(path, shape=shape, dtype=np.uint8, photometric="rgb")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    boxes, megabytes = done.stdout.split()
+    assert boxes == "0" and float(megabytes) < 200
+
+
+def random_boxes(count, extent, classes, seed=0):
+    """Boxes of which many lie in others, as parts at tile borders do."""
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, extent, (count, 2))
+    side = np.exp(rng.normal(3, 0.8, (count, 2))).clip(2, 290)
+    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+    third = count // 3  # inside another one, sharing a border
+    boxes[:third] = boxes[third : 2 * third]
+    boxes[:third, 0] += (boxes[:third, 2] - boxes[:third, 0]) * 0.4
+    labels = rng.integers(1, classes + 1, count)
+    labels[:third] = labels[third : 2 * third]
+    return boxes, labels, rng.random(count) < 0.5
+
+
+def all_pairs(boxes, labels, cut):
+    """The rule of `_parts` as it reads, box against box."""
+    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    shared = (high - low).clip(min=0).prod(axis=2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    covers = (shared > 0.6 * area[:, None]) & (area[None] > area[:, None])
+    return cut & (covers & (labels[None] == labels[:, None])).any(axis=1)
+
+
+@pytest.mark.parametrize("pairs", [10, 1_000_000])
+@pytest.mark.parametrize(
+    ("extent", "classes"), [(300, 1), (300, 6), (4000, 1), (4000, 60), (20, 2)]
+)
+def test_parts_are_those_of_a_comparison_of_all_pairs(
+    monkeypatch, pairs, extent, classes
+):
+    monkeypatch.setattr(predict, "PAIRS", pairs)
+    boxes, labels, cut = random_boxes(400, extent, classes, seed=extent + classes)
+    dropped = predict._parts(boxes, labels, cut)
+    np.testing.assert_array_equal(dropped, all_pairs(boxes, labels, cut))
+    assert 0 < dropped.sum() < cut.sum()
+
+
+def test_no_parts_among_no_boxes():
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
+    assert predict._parts(*nothing).shape == (0,)
+
+
+def test_merging_100_000_boxes_takes_bounded_memory():
+    boxes, labels, cut = random_boxes(100_000, 12_000, 2)
+    tracemalloc.start()
+    kept = predict._nms(boxes, boxes[:, 0], labels, 0.5)
+    dropped = predict._parts(boxes, labels, cut)
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert 10_000 < dropped.sum() and len(kept) < 80_000
+    assert peak < 250  # all pairs would take 40,000 MB for one array of float32
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("extent", "classes"), [(300, 1), (900, 5), (4000, 60)])
+def test_suppression_is_batched_nms(extent, classes, threshold):
+    boxes, labels, _ = random_boxes(3_000, extent, classes, seed=extent)
+    scores = np.random.default_rng(0).random(len(boxes)).astype(np.float32)
+    scores[::3] = scores[1::3]  # of equal scores the first wins
+    ours = predict._nms(boxes, scores, labels, threshold)
+    theirs = batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), threshold)
+    assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    assert (np.diff(scores[ours]) <= 0).all()
+
+
+def test_no_boxes_are_suppressed_among_none():
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    assert predict._nms(*nothing, np.zeros(0, np.int64), 0.5).tolist() == []
+
+
+def test_autocast_reaches_the_model():
+    class Asks(BrightSquares):
+        def forward(self, images):
+            self.dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            return super().forward(images)
+
+    for dtype in (None, torch.bfloat16):
+        model = Asks()
+        found = predict_scene(model, square_scene([(10, 10)]), amp_dtype=dtype)
+        assert model.dtype == (dtype or torch.float32)
+        assert found["scores"].dtype == np.float32
+
+
+def test_names_come_with_the_boxes():
+    found = predict_scene(BrightSquares(), square_scene([(9, 9)]), class_names=NAMES)
+    assert found["names"] == ["square"]
+    tile = square_scene([(9, 9)], shape=(300, 300))
+    assert predict_image(BrightSquares(), tile, 0, NAMES)["names"] == ["square"]
+    with pytest.raises(ValueError, match="label 3 has no name.* 2 entries"):
+        predict_image(BrightSquares(), tile, 0, NAMES[:2])
+
+
+FOUND = {
+    "boxes_xyxy": np.array([[10.2, 20.4, 30, 60], [100, 200, 130, 210]], np.float32),
+    "labels": np.array([3, 1]),
+    "scores": np.array([0.9, 0.5], np.float32),
+}
+
+
+def winding(ring):
+    (x, y), (x2, y2) = np.array(ring[:-1]).T, np.array(ring[1:]).T
+    return float((x * y2 - x2 * y).sum())
+
+
+def test_geojson_has_the_fields_of_xview(tmp_path):
+    path, types = tmp_path / "found.geojson", list(read_classes())
+    content = to_geojson(FOUND, NAMES, path, image_id="5.tif", type_ids=types)
+    assert json.loads(path.read_text()) == content
+    first = content["features"][0]
+    assert first["properties"] == {
+        "bounds_imcoords": "10,20,30,60",
+        "label": 3,
+        "class_name": "square",
+        "score": pytest.approx(0.9),
+        "image_id": "5.tif",
+        "type_id": types[2],
+    }
+    ring = np.array(first["geometry"]["coordinates"][0])
+    assert (ring[0] == ring[-1]).all() and winding(ring) > 0
+    assert [*ring.min(axis=0), *ring.max(axis=0)] == pytest.approx([10.2, 20.4, 30, 60])
+
+
+def test_geojson_follows_the_transform_of_the_scene():
+    north_up = (0.3, 0, 500_000, 0, -0.3, 4_000_000)  # 30 cm a pixel, UTM
+    crs = "urn:ogc:def:crs:EPSG::32616"
+    for transform in (north_up, (*north_up, 0, 0, 1)):
+        content = to_geojson(FOUND, NAMES, transform=transform, crs=crs)
+        ring = np.array(content["features"][1]["geometry"]["coordinates"][0])
+        assert ring.min(axis=0) == pytest.approx([500_030, 4_000_000 - 63])
+        assert ring.max(axis=0) == pytest.approx([500_039, 4_000_000 - 60])
+        assert winding(ring - ring.mean(axis=0)) > 0
+        assert content["crs"]["properties"]["name"] == crs
+
+
+def test_geojson_of_nothing_is_an_empty_collection():
+    nothing = {key: value[:0] for key, value in FOUND.items()}
+    empty = {"type": "FeatureCollection", "features": []}
+    assert to_geojson(nothing, NAMES) == empty
+
+
+def test_coco_results_are_saved_whole_or_not_at_all(tmp_path):
+    path = save_json(to_coco(7, FOUND), tmp_path / "found.json")
+    rows = json.loads(path.read_text())
+    assert [row["category_id"] for row in rows] == [2, 0]
+    assert rows[1]["bbox"] == [100, 200, 30, 10] and rows[1]["image_id"] == 7
+    with pytest.raises(TypeError):
+        save_json([object()], path)
+    assert json.loads(path.read_text()) == rows
+    assert list(tmp_path.iterdir()) == [path]

@@ -2,12 +2,16 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.train import (
@@ -18,6 +22,7 @@ from e2e_utils.train import (
     make_optimizer,
     parse_args,
     read_metrics,
+    train_step,
 )
 
 TINY = {
@@ -43,6 +48,23 @@ def config(tiles, output, **changes) -> TrainConfig:
 def losses(folder) -> list[tuple]:
     records = read_metrics(folder / "metrics.jsonl")
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def same_weights(one, other) -> bool:
+    """Whether two checkpoints hold equal weights, those of the optimizer among them."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (one, other))
+    for part in ("model", "trained"):
+        if set(ours.get(part, {})) != set(theirs.get(part, {})):
+            return False
+        for key, value in theirs.get(part, {}).items():
+            if not torch.equal(ours[part][key], value):
+                return False
+    moments = [state["optimizer"]["state"] for state in (ours, theirs)]
+    return moments[0].keys() == moments[1].keys() and all(
+        torch.equal(moments[0][i][key], value)
+        for i, row in moments[1].items()
+        for key, value in row.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +106,8 @@ def test_a_stopped_run_continues_to_the_same_weights(tiles, tmp_path, whole_run)
     stopped = torch.load(tmp_path / "last.pt", weights_only=True)
     assert stopped["step"] == 8
     fit(config(tiles, tmp_path), progress=False)
-    ours = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    theirs = torch.load(output / "last.pt", weights_only=True)["model"]
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert same_weights(tmp_path / "last.pt", output / "last.pt")
+    assert losses(tmp_path) == losses(output)
 
 
 def test_a_finished_run_is_not_trained_again(tiles, tmp_path, whole_run):
@@ -137,6 +158,9 @@ def test_the_rate_warms_up_then_falls(tiles):
         ({"lr_scheduler": "step"}, "'cosine' or 'multistep', got 'step'"),
         ({"amp": "yes"}, "'auto', 'on' or 'off', got 'yes'"),
         ({"model": "yolo"}, "unknown model 'yolo'"),
+        ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
+        ({"cache": "ram"}, "'off', 'memory' or 'disk', got 'ram'"),
+        ({"repeat_threshold": -1}, "repeat_threshold must be in 0..1, got -1"),
     ],
 )
 def test_a_wrong_value_is_quoted_with_the_valid_ones(tiles, tmp_path, changes, message):
@@ -158,6 +182,316 @@ def test_every_field_is_a_flag():
     assert dataclasses.asdict(parsed) == dataclasses.asdict(
         TrainConfig("d", "o", cache=True, settings={"min_size": 400})
     )
+
+
+def test_cache_is_a_switch_and_takes_a_place():
+    base = ["--data-path", "d", "--output-dir", "o"]
+    assert parse_args(base).cache is False
+    assert parse_args([*base, "--cache", "disk"]).cache == "disk"
+
+
+class Toy(torch.nn.Module):
+    """A model of two losses in torchvision's convention, which reads no value."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, images, targets):
+        out = self.layer(torch.stack(images))
+        return {"a": out.square().mean(), "b": (out - 1).abs().mean()}
+
+
+class ReadsOnTheHost(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: .item(), bool(), float(), int()."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_reads_no_value_on_the_host(tiles, optimizer):
+    model = Toy()
+    made = make_optimizer(model, config(tiles, "x", optimizer=optimizer))
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    with ReadsOnTheHost() as seen:
+        values = train_step(model, made, images, [target] * 2)
+    assert seen.count == 0
+    with ReadsOnTheHost() as seen:
+        values["loss"].item()
+    assert seen.count == 1  # the probe sees one where there is one
+
+
+def test_the_average_of_weights_is_followed_evaluated_and_resumed(tiles, tmp_path):
+    """Against the average computed here, from runs that save each step's weights."""
+    given = {"ema": 0.5, "save_steps": 1, "steps": 4, "eval_steps": 4}
+    seen = []
+
+    def keep(step):
+        state = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+        seen.append((state["trained"], state["model"]))
+
+    fit(config(tiles, tmp_path / "a", **given), save=keep, progress=False)
+    key = "roi_heads.box_predictor.cls_score.weight"
+    for (_, before), (step, (trained, after)) in zip(
+        seen[:-1], list(enumerate(seen, start=1))[1:], strict=True
+    ):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * before[key] + (1 - decay) * trained[key]
+        assert torch.allclose(after[key], expected, atol=1e-7)
+        assert not torch.equal(after[key], trained[key])
+    best = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    assert torch.equal(best["model"][key], seen[-1][1][key]) and "trained" not in best
+
+    calls = iter(range(9))
+    again = config(tiles, tmp_path / "b", **given)
+    fit(again, should_stop=lambda: next(calls) == 1, progress=False)
+    fit(again, progress=False)
+    assert same_weights(tmp_path / "b" / "last.pt", tmp_path / "a" / "last.pt")
+    # the average does not change what is trained
+    fit(config(tiles, tmp_path / "c", **{**given, "ema": 0.0}), progress=False)
+    plain = torch.load(tmp_path / "c" / "last.pt", weights_only=True)["model"]
+    assert torch.equal(plain[key], seen[-1][0][key])
+
+
+def test_a_rare_class_lengthens_an_epoch_and_the_run_resumes(tiles, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiles, data)
+    coco = json.loads((data / "train_300_02.json").read_text())
+    coco["annotations"][0]["category_id"] = 2  # a class that one tile of 12 has
+    (data / "train_300_02.json").write_text(json.dumps(coco))
+    given = {"steps": None, "epochs": 1, "eval_steps": 100, "repeat_threshold": 1.0}
+    fit(config(data, tmp_path / "a", **given), progress=False)
+    whole = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+    assert whole["step"] > 6 and whole["epoch"] == 1  # six without repeats
+    calls = iter(range(9))
+    again = config(data, tmp_path / "b", **given)
+    fit(again, should_stop=lambda: next(calls) == 2, progress=False)
+    fit(again, progress=False)
+    assert same_weights(tmp_path / "b" / "last.pt", tmp_path / "a" / "last.pt")
+
+
+def test_a_run_can_be_saved_more_often_than_evaluated(tiles, tmp_path):
+    saved = []
+    given = {"steps": 7, "eval_steps": 6, "save_steps": 3}
+    fit(config(tiles, tmp_path, **given), save=saved.append, progress=False)
+    assert saved == [3, 6, 7]
+
+
+def test_where_the_run_is_saved_and_cached_may_change_on_the_way(tiles, tmp_path):
+    calls = iter(range(9))
+    fit(
+        config(tiles, tmp_path, steps=2),
+        should_stop=lambda: next(calls) == 0,
+        progress=False,
+    )
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for new in ("ema", "repeat_threshold", "tensorboard"):
+        del state["config"][new]  # as a run of before these fields existed has it
+    torch.save(state, tmp_path / "last.pt")
+    told = []
+    fit(
+        config(tiles, tmp_path, steps=2, save_steps=1, cache="memory"),
+        report=lambda _, step: told.append(step),
+        progress=False,
+    )
+    assert told == [2, 2]
+
+
+def test_a_line_that_a_kill_cut_is_dropped(tiles, tmp_path, whole_run):
+    output, *_ = whole_run
+    shutil.copytree(output, tmp_path / "copy")
+    log = tmp_path / "copy" / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 13, "loss": 0.4')
+    fit(config(tiles, tmp_path / "copy"), progress=False)
+    assert log.read_text() == whole
+
+
+def test_tensorboard_gets_the_same_values(tiles, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(
+        config(tiles, tmp_path, steps=2, eval_steps=1, tensorboard=True), progress=False
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    told = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert [step for step, _ in told] == [1, 2]
+    assert [v for _, v in told] == pytest.approx([v for _, v in losses(tmp_path)])
+    ap = [r["AP50"] for r in records if "AP50" in r]
+    assert [e.value for e in events.Scalars("val/AP50")] == pytest.approx(ap)
+
+
+@pytest.mark.slow
+def test_without_tensorboard_its_library_is_not_imported():
+    code = "import sys, e2e_utils.train; assert 'tensorboard' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_compiled_backbone_trains_alike_and_keeps_its_names(
+    tiles, tmp_path, monkeypatch
+):
+    compiled, real = [], torch.nn.Module.compile
+
+    def traced_only(module):  # inductor would take a minute of C++ for these steps
+        compiled.append(type(module).__name__)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    given = {"steps": 2, "eval_steps": 2, "amp": "off"}
+    fit(config(tiles, tmp_path / "a", **given), progress=False)
+    fit(config(tiles, tmp_path / "b", **given, compile=True), progress=False)
+    assert compiled == ["BackboneWithFPN"]
+    ours, theirs = losses(tmp_path / "b"), losses(tmp_path / "a")
+    assert ours[0][1] == pytest.approx(theirs[0][1], rel=1e-3)
+    model_from_checkpoint(tmp_path / "b" / "last.pt")
+
+
+def command_line(tiles, output, **flags) -> list[str]:
+    flags = {
+        "lr": 1e-3,
+        "amp": "off",
+        "settings": json.dumps(TINY["settings"]),
+        **flags,
+    }
+    told = ["--data-path", tiles, "--output-dir", output]
+    for name, value in flags.items():
+        told += ["--" + name.replace("_", "-"), value]
+    return ["-m", "e2e_utils.train", *map(str, told)]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+KILLED = """
+import json, sys, torch
+from e2e_utils.train import TrainConfig, fit
+torch.set_num_threads(1)
+config = TrainConfig(**json.loads(sys.argv[1]))
+fit(config, should_stop=lambda: print("step", flush=True), progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_ends_like_the_undisturbed_one(tiles, tmp_path):
+    given = {"steps": 30, "eval_steps": 12, "save_steps": 5, "amp": "off", "ema": 0.9}
+    fit(config(tiles, tmp_path / "whole", **given), progress=False)
+    killed = dataclasses.asdict(config(tiles, tmp_path / "killed", **given))
+    rng = random.Random(0)
+    for kill in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, json.dumps(killed)],
+            env=ONE_THREAD,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wait = rng.randint(1, 9)  # steps, then into a step, a save or an evaluation
+        try:
+            heard = [child.stdout.readline() for _ in range(wait)]
+            time.sleep(rng.uniform(0, 0.1))
+            if kill < 3:
+                assert heard == ["step\n"] * wait  # it did not end before
+                child.kill()
+            child.communicate(timeout=120)
+        finally:
+            child.kill()
+        assert child.returncode == (0 if kill == 3 else -signal.SIGKILL)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (
+        (tmp_path / name / "metrics.jsonl").read_text() for name in ("killed", "whole")
+    )
+    assert ours == theirs
+    for name in ("last.pt", "best.pt"):
+        assert same_weights(tmp_path / "killed" / name, tmp_path / "whole" / name)
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tiles, tmp_path):
+    flags = {"steps": 40, "eval_steps": 40, "save_steps": 2, "workers": 1}
+    command = [sys.executable, *command_line(tiles, tmp_path / "a", **flags)]
+    child = subprocess.Popen(
+        command,
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path / "a" / "last.pt")
+        os.killpg(child.pid, signal.SIGTERM)  # as Slurm does: its loader too
+        _, told = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 143, told
+    step = torch.load(tmp_path / "a" / "last.pt", weights_only=True)["step"]
+    assert f"last.pt holds step {step}, and the same command goes on" in told
+    assert "Traceback" not in told
+    assert step < 40
+    done = subprocess.run(
+        command, env=ONE_THREAD, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    flags.pop("workers")
+    fit(config(tiles, tmp_path / "b", **flags, amp="off"), progress=False)
+    assert same_weights(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_stop_at_one_step(tiles, tmp_path):
+    flags = {"steps": 400, "eval_steps": 400, "save_steps": 5, "batch_size": 1}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    child = subprocess.Popen(
+        [sys.executable, *launch, *command_line(tiles, tmp_path, **flags)],
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(tmp_path / "last.pt")
+        child.terminate()  # torchrun passes it on to its processes
+        _, told = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert step % 10 == 0 and step < 400
+    assert told.count(f"last.pt holds step {step}") == 1
+
+
+@pytest.mark.slow
+def test_the_rate_grows_with_the_number_of_processes_on_request(tiles, tmp_path):
+    flags = {"steps": 2, "eval_steps": 2, "batch_size": 1, "warmup": 0}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    told = command_line(tiles, tmp_path, **flags) + ["--scale-lr", "--cache", "disk"]
+    data = tmp_path / "data"
+    shutil.copytree(tiles, data)
+    told[told.index(str(tiles))] = str(data)
+    done = subprocess.run(
+        [sys.executable, *launch, *told],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["scheduler"]["base_lrs"] == [2e-3, 2e-3]
+    assert state["config"]["lr"] == 1e-3
+    assert len(list(data.glob("*.u8"))) == 2  # one of each split
 
 
 @pytest.mark.slow

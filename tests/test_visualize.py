@@ -1,7 +1,17 @@
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
-from e2e_utils.visualize import bars, class_color, draw_boxes, learning_curve, show
+from e2e_utils.visualize import (
+    bars,
+    class_color,
+    close_up,
+    confusion,
+    draw_boxes,
+    learning_curve,
+    show,
+    size_histogram,
+)
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
 
@@ -48,3 +58,37 @@ def test_the_figures_are_made():
     assert right.lines[0].get_xydata().tolist() == [[2, 0.5]]
     axis = bars({"class 3": 5, "class 9": 50}, "objects", class_names=NAMES).axes[0]
     assert [p.get_width() for p in axis.patches] == [5, 50]
+
+
+def test_a_confusion_matrix_shows_the_classes_that_occur_and_background_last():
+    matrix = np.zeros((61, 61), int)
+    matrix[3, 3], matrix[3, 9], matrix[0, 9], matrix[9, 0] = 6, 2, 1, 4
+    axis = confusion(matrix, NAMES).axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["class 3", "class 9", "background"]
+    shares = axis.images[0].get_array()
+    assert shares.tolist() == [[0.75, 0.25, 0], [0, 0, 1], [0, 1, 0]]
+    assert sorted(t.get_text() for t in axis.texts) == ["1", "2", "4", "6"]
+
+
+def test_a_size_histogram_counts_every_object_once():
+    axis = size_histogram({"found": [100, 400, 2500], "missed": [9, 40000]}).axes[0]
+    stacks = axis.containers
+    heights = [sum(p.get_height() for p in stack.patches) for stack in stacks]
+    assert heights == [3, 2]
+    with pytest.raises(ValueError, match=r"no area in \['found'\]"):
+        size_histogram({"found": []})
+
+
+def test_a_close_up_is_centred_on_its_boxes_even_at_a_corner():
+    image = np.full((100, 100, 3), 90, np.uint8)
+    view = close_up(image, [0, 0, 20, 20], None, size=128, least=64)
+    assert view.shape == (128, 128, 3) and image.max() == 90
+    # the square reaches from -22 to 42, two pixels each: the box from 44 to 84
+    assert view[44, 64].tolist() == [255, 255, 255]
+    assert view[10, 64].tolist() == [0, 0, 0] and view[64, 64].tolist() == [90] * 3
+    view = close_up(image, None, [40, 40, 60, 60], size=128)
+    assert view[44, 64].tolist() == [255, 0, 0]
+    assert close_up(image, None, [0, 0, 99, 99], size=50).shape == (50, 50, 3)
+    with pytest.raises(ValueError, match="both are None"):
+        close_up(image)

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_marked_outputs_equal_those_of_the_repository(name, run, tmp_path):
     Notebooks 1 and 2 run at their default size. The others find the small run
     finished; what they mark does not depend on its size.
     """
-    committed = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    committed = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
     own = {"run_dir": str(tmp_path / "run")}
     if name[:2] in ("03", "04", "05"):
         own = {"run_dir": str(run), **SMALL[name]}

@@ -1,0 +1,113 @@
+"""What decides a training run: its configuration, and the flags that give it.
+
+Copy: this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+# What may differ when a run goes on: it changes where and how, and no number
+FREE = {"output_dir", "data_path", "workers", "cache", "device"}
+FREE |= {"save_steps", "tensorboard"}
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. The defaults train the small detector on a CPU."""
+
+    data_path: str  # folder with train_300_02.json, train_images_300_02/, val_...
+    output_dir: str  # last.pt, best.pt and metrics.jsonl go here
+    model: str = "fasterrcnn_small"  # a name of e2e_utils.models.MODELS
+    weights: str | None = None  # "DEFAULT": COCO weights, needs a network
+    weights_backbone: str | None = None  # "DEFAULT": ImageNet weights
+    settings: dict = field(default_factory=dict)  # constructor arguments of the model
+    steps: int | None = None  # length of the run; instead of epochs
+    epochs: int = 26
+    batch_size: int = 2  # tiles a step on each process
+    optimizer: str = "adamw"  # or "sgd"
+    lr: float = 1.5e-3
+    scale_lr: bool = False  # multiply lr by the number of processes (Goyal et al. 2017)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 0.05  # on matrices and kernels; never on norms and biases
+    lr_scheduler: str = "cosine"  # to 1 % of lr; or "multistep"
+    lr_steps: list[int] = field(default_factory=lambda: [16, 22])  # epochs, multistep
+    lr_gamma: float = 0.1  # factor at each of lr_steps
+    warmup: float = 0.05  # share of the steps with a linearly rising rate
+    clip_grad: float = 10.0  # largest norm of the gradient; 0 for none
+    amp: str = "auto"  # bfloat16 autocast: "on", "off", "auto" where hardware has it
+    ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0 for none
+    compile: bool = False  # torch.compile the backbone; not equal bit by bit
+    eval_steps: int | None = None  # validate and save this often; once an epoch if None
+    save_steps: int | None = None  # save this often besides
+    tensorboard: bool = False  # the metrics also as events, in output_dir/tensorboard
+    workers: int = 0  # processes that load tiles
+    cache: bool | str = False  # decoded tiles: True or "memory", or "disk"
+    repeat_threshold: float = 0.0  # repeat tiles of rarer classes; 0 for none, or 0.001
+    aspect_ratio_group_factor: int = -1  # batches of like tiles, 3 for 7 bins; -1: any
+    seed: int = 0
+    device: str | None = None  # cuda if there is one
+    tile_size: int = 300  # of the tiles: finds the files, goes into the checkpoint
+    overlap: float = 0.2
+
+    def split(self, name: str) -> tuple[Path, Path]:
+        """(folder of tiles, COCO file) of "train" or "val" below data_path."""
+        tag = f"{self.tile_size}_{str(self.overlap).replace('.', '')}"
+        root = Path(self.data_path)
+        return root / f"{name}_images_{tag}", root / f"{name}_{tag}.json"
+
+
+def check_same_run(saved: dict, wanted: TrainConfig) -> None:
+    """Refuse to continue a run whose results would differ from what was asked.
+
+    Args:
+        saved: asdict of the configuration that began it. A field that it lacks did
+            not exist then, and has its default.
+        wanted: the configuration asked for; its output_dir is named in the error.
+    """
+    saved = {**asdict(TrainConfig("", "")), **saved}
+    changed = [
+        f"{key}: {saved[key]!r} there, {value!r} asked"
+        for key, value in asdict(wanted).items()
+        if key not in FREE and saved[key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{wanted.output_dir} holds a run of another configuration "
+            f"({'; '.join(changed)}). Remove the folder or choose another output_dir."
+        )
+
+
+def parse_args(arguments: list[str] | None = None) -> TrainConfig:
+    """A TrainConfig from command line flags; each field is a flag."""
+    parser = argparse.ArgumentParser(
+        "e2e_utils.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    hints = typing.get_type_hints(TrainConfig)
+    required = ("data_path", "output_dir")
+    for option in fields(TrainConfig):
+        flag = "--" + option.name.replace("_", "-")
+        default = TrainConfig("", "").__dict__[option.name]
+        kinds = [k for k in typing.get_args(hints[option.name]) if k is not type(None)]
+        if option.name in required:
+            parser.add_argument(flag, required=True)
+        elif str in kinds and isinstance(default, bool):  # --cache, --cache disk
+            parser.add_argument(
+                flag, default=default, nargs="?", const=True, metavar="WHERE"
+            )
+        elif isinstance(default, bool):
+            parser.add_argument(
+                flag, default=default, action=argparse.BooleanOptionalAction
+            )
+        elif isinstance(default, list):
+            parser.add_argument(flag, default=default, nargs="+", type=int)
+        elif isinstance(default, dict):
+            parser.add_argument(flag, default=default, type=json.loads, metavar="JSON")
+        else:
+            kind = kinds[0] if kinds else hints[option.name]
+            parser.add_argument(flag, default=default, type=kind)
+    return TrainConfig(**vars(parser.parse_args(arguments)))

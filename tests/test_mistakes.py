@@ -1,0 +1,165 @@
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes
+
+NAMES = ["plane", "ship", "tank"]
+
+
+def coco(*objects: tuple) -> dict:
+    """Ground truth of (category id, x) objects of 10 x 10 pixels in one image."""
+    return {
+        "images": [{"id": 1}, {"id": 2}],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": c, "bbox": [x, 0, 10, 10]}
+            for n, (c, x) in enumerate(objects, start=1)
+        ],
+    }
+
+
+def found(*boxes: tuple) -> list[dict]:
+    """Detections of (category id, x, score), 10 x 10 pixels."""
+    return [
+        {"image_id": 1, "category_id": c, "bbox": [x, 0, 10, 10], "score": s}
+        for c, x, s in boxes
+    ]
+
+
+def test_one_mistake_of_each_kind():
+    truth = coco((0, 0), (0, 50), (1, 100), (1, 150), (2, 200))
+    boxes = found(
+        (0, 1, 0.6),  # 0: after 1, so a duplicate
+        (0, 0, 0.9),  # 1: right
+        (0, 55, 0.8),  # 2: IoU 5/15 with its class
+        (0, 100, 0.7),  # 3: on a ship
+        (0, 155, 0.7),  # 4: near a ship
+        (2, 300, 0.7),  # 5: near nothing
+        (2, 200, 0.4),  # 6: below the threshold
+    )
+    kinds = mistakes(truth, boxes)
+    assert tuple(kinds) == KINDS
+    assert {kind: rows.tolist() for kind, rows in kinds.items()} == {
+        "correct": [[1, 0]],
+        "localisation": [[2, 1]],
+        "confusion": [[3, 2]],
+        "duplicate": [[0, 0]],
+        "both": [[4, 3]],
+        "background": [[5, -1]],
+        "missed": [[-1, 3], [-1, 4]],
+    }
+
+
+def test_a_missed_object_that_was_only_confused_is_not_missed_as_well():
+    kinds = mistakes(coco((1, 0)), found((0, 0, 0.9)))
+    assert len(kinds["missed"]) == 0 and kinds["confusion"].tolist() == [[0, 0]]
+
+
+def test_detections_in_an_image_without_objects_are_background():
+    boxes = [{**found((0, 0, 0.9))[0], "image_id": 2}]
+    kinds = mistakes(coco((0, 0)), boxes)
+    assert kinds["background"].tolist() == [[0, -1]]
+    assert kinds["missed"].tolist() == [[-1, 0]]
+
+
+def test_no_detections_miss_every_object():
+    kinds = mistakes(coco((0, 0), (1, 50)), [])
+    assert {kind: len(rows) for kind, rows in kinds.items() if len(rows)} == {
+        "missed": 2
+    }
+    matrix = confusion_matrix(coco((0, 0), (1, 50)), [])
+    assert matrix[:, 0].tolist() == [0, 1, 1, 0] and matrix.sum() == 2
+
+
+def test_nothing_labelled_makes_every_detection_background():
+    boxes = found((0, 0, 0.9), (2, 0, 0.8))
+    assert len(mistakes(coco(), boxes)["background"]) == 2
+    assert confusion_matrix(coco(), boxes)[0].tolist() == [0, 1, 0, 1]
+
+
+def test_the_confusion_matrix_of_a_case_counted_by_hand():
+    truth = coco((0, 0), (0, 50), (1, 100), (2, 150))
+    boxes = found(
+        (0, 0, 0.9),  # a plane found
+        (1, 51, 0.8),  # a plane taken for a ship
+        (0, 50, 0.7),  # too late: the plane is taken
+        (1, 100, 0.6),  # a ship found
+        (2, 150, 0.4),  # below the threshold: the tank is missed
+        (2, 300, 0.9),  # a tank where nothing is
+    )
+    assert confusion_matrix(truth, boxes).tolist() == [
+        [0, 1, 0, 1],
+        [0, 1, 1, 0],
+        [0, 0, 1, 0],
+        [1, 0, 0, 0],
+    ]
+
+
+def random_case(seed: int) -> tuple[dict, list]:
+    rng = np.random.default_rng(seed)
+    truth, boxes = coco(), []
+    for n in range(1, 101):
+        image, category = int(rng.integers(1, 3)), int(rng.integers(0, 3))
+        box = [*rng.uniform(0, 150, 2), *rng.uniform(8, 30, 2)]
+        row = {"image_id": image, "category_id": category}
+        extra = {"id": n, "iscrowd": 0, "area": box[2] * box[3]}
+        truth["annotations"].append({**row, "bbox": box, **extra})
+        if rng.random() < 0.3:
+            row["category_id"] = int(rng.integers(0, 3))
+        box = [v + rng.normal(0, 2) for v in box]
+        boxes.append({**row, "bbox": box, "score": float(rng.random())})
+    return truth, boxes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_detection_and_object_is_counted_once(seed):
+    truth, boxes = random_case(seed)
+    kept = [i for i, row in enumerate(boxes) if row["score"] >= 0.3]
+    kinds = mistakes(truth, boxes, 0.3)
+    assert sorted(i for k in KINDS[:-1] for i in kinds[k][:, 0]) == kept
+    matrix = confusion_matrix(truth, boxes, 0.3)
+    for label in (1, 2, 3):
+        objects = [r for r in truth["annotations"] if r["category_id"] == label - 1]
+        assert matrix[label].sum() == len(objects)
+        mine = [i for i in kept if boxes[i]["category_id"] == label - 1]
+        assert matrix[:, label].sum() == len(mine)
+    assert matrix[0, 0] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_correct_equals_the_matches_of_pycocotools(seed):
+    truth, boxes = random_case(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO()
+        reference.dataset = truth
+        reference.createIndex()
+        run = COCOeval(reference, reference.loadRes(boxes), "bbox")
+        run.params.iouThrs, run.params.areaRng = np.array([0.5]), [[0, 1e10]]
+        run.evaluate()
+    matches = {
+        (int(detection) - 1, int(annotation) - 1)
+        for image in run.evalImgs
+        if image
+        for detection, annotation in zip(
+            image["dtIds"], image["dtMatches"][0], strict=True
+        )
+        if annotation
+    }
+    correct = mistakes(truth, boxes, score_threshold=0)["correct"]
+    assert set(map(tuple, correct.tolist())) == matches
+
+
+def test_an_unknown_category_is_an_error():
+    for function in (mistakes, confusion_matrix):
+        with pytest.raises(ValueError, match=r"categories not in .*: \[7\]"):
+            function(coco((0, 0)), found((7, 0, 0.9)))
+
+
+def test_thresholds_out_of_order_are_an_error():
+    with pytest.raises(ValueError, match="background_iou is 0.6"):
+        mistakes(coco(), [], background_iou=0.6)
