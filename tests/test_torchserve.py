@@ -172,7 +172,9 @@ def test_only_loopback_listens_and_management_is_not_the_inference_port(server):
 
 # Stops in the middle of a served block, in whatever way the signal makes it stop.
 BLOCK = """
-import sys, time
+import signal, sys, time
+# a background job of a shell without job control inherits Ctrl-C as ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kserve_utils.torchserve_utils.local import torchserve
 with torchserve(sys.argv[1]) as url:
     print("up", flush=True)
