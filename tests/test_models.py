@@ -119,7 +119,7 @@ FAMILIES = [
     "fcos_resnet50_fpn",
     "retinanet_resnet50_fpn_v2",
     "ssd300_vgg16",
-    "ssdlite320_mobilenet_v3_large",
+    pytest.param("ssdlite320_mobilenet_v3_large", marks=pytest.mark.slow),
     pytest.param("efficientnet_b4_fasterrcnn_model", marks=pytest.mark.slow),
     pytest.param("resnet152_fasterrcnn_model", marks=pytest.mark.slow),
     pytest.param("convnext_small_fasterrcnn_model", marks=pytest.mark.slow),
@@ -288,7 +288,7 @@ def test_the_small_detector_says_that_it_has_no_pretrained_weights():
         "fasterrcnn_resnet50_fpn",
         "retinanet_resnet50_fpn_v2",
         "fcos_resnet50_fpn",
-        "ssd300_vgg16",
+        pytest.param("ssd300_vgg16", marks=pytest.mark.slow),
         "ssdlite320_mobilenet_v3_large",
     ],
 )

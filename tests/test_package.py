@@ -55,6 +55,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_module_copied_as_it_says_can_be_imported(tmp_path):
     for module in MODULES:
         package = tmp_path / module.stem / "e2e_utils"

@@ -228,6 +228,7 @@ def test_a_step_reads_no_value_on_the_host(tiles, optimizer):
     assert seen.count == 1  # the probe sees one where there is one
 
 
+@pytest.mark.slow
 def test_the_average_of_weights_is_followed_evaluated_and_resumed(tiles, tmp_path):
     """Against the average computed here, from runs that save each step's weights."""
     given = {"ema": 0.5, "save_steps": 1, "steps": 4, "eval_steps": 4}
@@ -337,6 +338,7 @@ def test_without_tensorboard_its_library_is_not_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_trains_alike_and_keeps_its_names(
     tiles, tmp_path, monkeypatch
 ):
