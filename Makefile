@@ -14,7 +14,7 @@ help:
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make lint       ruff"
 	@echo "make notebooks  the outputs of the last demo into notebooks/"
-	@echo "make bench      the benchmarks, a minute each"
+	@echo "make bench      the benchmarks, a minute or a few each"
 
 # sahi drags in opencv-python, which overwrites the headless build: take it out and
 # put the headless files back.
