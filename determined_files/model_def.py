@@ -27,6 +27,7 @@ from e2e_utils.train import (
     forward_losses,
     lr_factor,
     make_optimizer,
+    memory_format,
     seed_step,
 )
 
@@ -35,14 +36,7 @@ if __package__:
 else:  # on a cluster, and as a script, this folder is the root
     import trial_config
 
-METRICS = {
-    "mAP": "AP",
-    "mAP_50": "AP50",
-    "mAP_75": "AP75",
-    "mAP_small": "AP_small",
-    "mAP_medium": "AP_medium",
-    "mAP_large": "AP_large",
-}
+METRICS = trial_config.METRICS
 
 
 class CocoReducer(pytorch.MetricReducer):
@@ -237,7 +231,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
                         f"{str(meta[key])[:80]}, the trial wants {str(wanted)[:80]}"
                     )
             model.load_state_dict(learned.state_dict())
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=memory_format(self.dtype))
 
     def describe(self) -> dict:
         """What makes a checkpoint complete: see `e2e_utils.train`."""

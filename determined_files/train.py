@@ -24,47 +24,14 @@ import appdirs
 import determined as det
 import torch
 import torch.distributed as dist
-import yaml
 from determined import core, pytorch
 
 if __package__:
     from determined_files.model_def import ObjectDetectionTrial
-    from determined_files.trial_config import check_hparams
+    from determined_files.trial_config import load_config
 else:  # on a cluster, and as a script, this folder is the root
     from model_def import ObjectDetectionTrial
-    from trial_config import check_hparams
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> dict:
-    """An experiment YAML with some hyperparameters replaced.
-
-    Args:
-        path: of the YAML.
-        overrides: "name=value" each, the value in YAML's notation.
-
-    Raises:
-        ValueError: a malformed override, an unknown hyperparameter, or one that is a
-            range to search: a single trial needs one value.
-    """
-    config = yaml.safe_load(Path(path).read_text())
-    if not isinstance(config, dict) or "hyperparameters" not in config:
-        raise ValueError(f"{path} is not an experiment configuration")
-    hparams = dict(config["hyperparameters"])
-    for override in overrides or []:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"an override is name=value, got {override!r}")
-        hparams[name] = yaml.safe_load(value)
-    for name, value in hparams.items():
-        if isinstance(value, dict) and "type" in value:
-            if value["type"] != "const":
-                raise ValueError(
-                    f"{name} is a range to search in {path} ({value}); a single trial "
-                    f"needs one value: add {name}=VALUE"
-                )
-            hparams[name] = value["val"]
-    check_hparams(hparams)
-    return {**config, "hyperparameters": hparams}
+    from trial_config import load_config
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 
 from e2e_utils.train import TrainConfig
 
@@ -42,6 +43,59 @@ _OPTIONAL |= {"lr_step_batches", "data_dir", "cache_dir", "init_checkpoint"}
 HYPERPARAMETERS = tuple(sorted(_TRAIN_KEYS | _REQUIRED | _OPTIONAL))
 
 _SCHEMES = {"aws": "s3://", "gcs": "gs://"}
+
+# What a searcher may name as its metric -> its key in e2e_utils.evaluate.coco_metrics
+METRICS = {
+    "mAP": "AP",
+    "mAP_50": "AP50",
+    "mAP_75": "AP75",
+    "mAP_small": "AP_small",
+    "mAP_medium": "AP_medium",
+    "mAP_large": "AP_large",
+}
+
+
+def read_experiment(path: str | Path, overrides: list[str] | None = None) -> dict:
+    """An experiment YAML with some hyperparameters replaced; ranges stay ranges.
+
+    Args:
+        path: of the YAML.
+        overrides: "name=value" each, the value in YAML's notation.
+
+    Raises:
+        ValueError: no experiment, or a malformed override.
+    """
+    config = yaml.safe_load(Path(path).read_text())
+    if not isinstance(config, dict) or "hyperparameters" not in config:
+        raise ValueError(f"{path} is not an experiment configuration")
+    hparams = dict(config["hyperparameters"])
+    for override in overrides or []:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override is name=value, got {override!r}")
+        hparams[name] = yaml.safe_load(value)
+    return {**config, "hyperparameters": hparams}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> dict:
+    """The experiment of a single trial: as `read_experiment`, and each value is one.
+
+    Raises:
+        ValueError: a malformed override, an unknown hyperparameter, or one that is a
+            range to search: a single trial needs one value.
+    """
+    config = read_experiment(path, overrides)
+    hparams = config["hyperparameters"]
+    for name, value in hparams.items():
+        if isinstance(value, dict) and "type" in value:
+            if value["type"] != "const":
+                raise ValueError(
+                    f"{name} is a range to search in {path} ({value}); a single trial "
+                    f"needs one value: add {name}=VALUE"
+                )
+            hparams[name] = value["val"]
+    check_hparams(hparams)
+    return config
 
 
 def check_hparams(hparams: dict) -> None:
@@ -78,6 +132,8 @@ def train_config(hparams: dict, batch_size: int, data_path: str = "") -> TrainCo
     check_hparams(hparams)
     steps = hparams["max_batches"]
     values = {key: hparams[key] for key in _TRAIN_KEYS if key in hparams}
+    if isinstance(values.get("amp"), bool):  # on and off are booleans in YAML
+        values["amp"] = "on" if values["amp"] else "off"
     if "warmup_batches" in hparams:
         values["warmup"] = hparams["warmup_batches"] / steps
     if "lr_step_batches" in hparams:

@@ -68,6 +68,15 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return None if amp == "off" else torch.bfloat16
 
 
+def memory_format(dtype: torch.dtype | None) -> torch.memory_format:
+    """The layout of weights that suits what the convolutions compute in.
+
+    Channels last is what the matrix units of bfloat16 want. In float32 on a CPU with
+    AVX2 it costs: 6.9 against 6.3 CPU-s a step of two tiles of a ResNet-50 detector.
+    """
+    return torch.contiguous_format if dtype is None else torch.channels_last
+
+
 def forward_losses(
     model: nn.Module,
     images: list[torch.Tensor],
@@ -181,7 +190,8 @@ def fit(
             configuration, training goes on from there.
         report: told (metrics, step): losses every 20 steps, COCO metrics of the
             validation tiles at each evaluation.
-        save: told the step of each checkpoint, after last.pt was written.
+        save: told the step of each checkpoint, after last.pt was written; on every
+            process, so that it may be a collective call. The file is on the main one.
         should_stop: asked after every step; if true, saves and returns. Of several
             processes any may say so; they agree on it every 10 steps.
         progress: show a bar.
@@ -220,7 +230,7 @@ def fit(
         config.weights,
         config.weights_backbone,
         **config.settings,
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device, memory_format=memory_format(dtype))
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     judged = model if average is None else average  # what is evaluated and served
     if config.compile:
@@ -280,8 +290,10 @@ def fit(
                 content["trained"] = model.state_dict()
             content["unreported"] = [losses for losses, _ in recent]
             save_checkpoint(output / "last.pt", content)
-            if save:
-                save(step)
+        if save:
+            if world_size > 1:
+                dist.barrier()  # nobody is told before last.pt is there
+            save(step)
 
     wrapped = model
     if world_size > 1:
@@ -417,7 +429,7 @@ def main() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if terminated.is_set():
-        if saved:  # on the process that writes
+        if saved and not int(os.environ.get("RANK", 0)):  # the process that writes
             print(
                 f"stopped by SIGTERM; {config.output_dir}/last.pt holds step "
                 f"{saved[-1]}, and the same command goes on from there",

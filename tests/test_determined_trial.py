@@ -168,7 +168,7 @@ def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
     data = CocoTiles(*TrainConfig(str(tiles), "").split("train"), default_augment())
     images, targets = next(iter(train_loader(data, 2, 1)))
     seed_step(0, 1)
-    model.train().to(memory_format=torch.channels_last)
+    model.train()
     expected = forward_losses(model, images, targets)["loss"].item()
     assert seen.losses[1]["loss"] == expected
 
