@@ -474,6 +474,48 @@ def test_processes_of_torchrun_stop_at_one_step(tiles, tmp_path):
     assert told.count(f"last.pt holds step {step}") == 1
 
 
+TWO_SAVES = """
+import json, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from e2e_utils.train import TrainConfig, fit
+
+config = TrainConfig(**json.loads(sys.argv[1]))
+saved = []
+
+def save(step):
+    on_disk = torch.load(Path(config.output_dir) / "last.pt", weights_only=True)
+    told = torch.tensor([step, on_disk["step"]])
+    dist.all_reduce(told)  # a collective call: each process makes it
+    saved.append(told.tolist())
+
+fit(config, save=save, progress=False)
+print(json.dumps([dist.get_rank(), saved]), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_every_process_is_told_of_a_save_once_the_file_is_there(tiles, tmp_path):
+    (tmp_path / "two_saves.py").write_text(TWO_SAVES)
+    given = config(tiles, tmp_path, steps=4, eval_steps=4, save_steps=1, batch_size=1)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [
+            *(sys.executable, *launch, tmp_path / "two_saves.py"),
+            json.dumps(dataclasses.asdict(given)),
+        ],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(json.loads(line) for line in done.stdout.splitlines())
+    expected = [[2 * step, 2 * step] for step in (1, 2, 3, 4)]
+    assert told == {0: expected, 1: expected}
+
+
 @pytest.mark.slow
 def test_the_rate_grows_with_the_number_of_processes_on_request(tiles, tmp_path):
     flags = {"steps": 2, "eval_steps": 2, "batch_size": 1, "warmup": 0}

@@ -1,0 +1,196 @@
+"""The training loop of e2e_utils on Ray Train: N workers, with CPUs or GPUs.
+
+    python ray_files/train.py --config determined_files/fake.yaml --workers 2
+    python ray_files/train.py --config determined_files/const.yaml lr=0.002
+    ray job submit --address http://HEAD:8265 --working-dir . -- \\
+        python ray_files/train.py --config determined_files/const.yaml \\
+        --storage s3://BUCKET/runs
+
+The YAML is a Determined experiment of one trial. Read are its name, hyperparameters,
+resources.slots_per_trial (workers) and max_restarts (restarts after a failure); what
+describes Determined's cluster (environment, bind_mounts, ...) is Ray's to configure.
+
+Copy: this folder, determined_files and e2e_utils.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+if not __package__:  # as a script; Ray's workers find the folder above as well
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from determined_files.trial_config import load_config
+from e2e_utils.train import TrainConfig, fit, read_metrics
+from ray_files.adapter import (
+    RESUMED,
+    Courier,
+    below,
+    experiment_config,
+    figures,
+    place,
+    prepare,
+    ray_session,
+)
+
+
+def _worker(task: dict) -> None:
+    """What each worker of Ray Train runs."""
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+
+    def send(metrics: dict, kept: Path | None) -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(str(kept)) if kept else None
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    with tempfile.TemporaryDirectory(prefix="ray_worker_") as scratch:
+        config = prepare(
+            TrainConfig(**task["config"]),
+            task["hparams"],
+            Path(scratch),
+            workers,
+            context.get_local_rank(),
+        )
+        courier = Courier(send, Path(config.output_dir), rank == 0, task["verbose"])
+        courier.restore(ray.train.get_checkpoint())
+        fit(config, courier.report, courier.save, progress=False)
+
+
+def trainer(
+    config: TrainConfig,
+    workers: int,
+    storage: str,
+    name: str,
+    gpu: bool,
+    max_failures: int,
+    hparams: dict | None = None,
+    verbose: bool = False,
+    callbacks: list | None = None,
+) -> TorchTrainer:
+    """Ray's trainer of a run; see `train` for the arguments."""
+    if not gpu:
+        config = replace(config, device="cpu")
+    return TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": asdict(config),
+            "hparams": hparams or {},
+            "verbose": verbose,
+        },
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=callbacks,
+            logging_config=ray.train.LoggingConfig("ERROR"),
+        ),
+    )
+
+
+def train(
+    config: TrainConfig,
+    workers: int = 1,
+    storage: str | Path | None = None,
+    *,
+    name: str = "train",
+    gpu: bool | None = None,
+    max_failures: int = 3,
+    hparams: dict | None = None,
+    verbose: bool = False,
+) -> dict:
+    """Train with Ray; a worker that dies is replaced and goes on from the last save.
+
+    Args:
+        config: of each worker; batch_size is that of one. data_path is a folder that
+            each machine sees. Its output_dir is the storage if none is given.
+        workers: number of processes, each with a CPU or a GPU.
+        storage: folder that all machines share, or an s3:// or gs:// URL. The
+            checkpoint goes to storage/name/checkpoint_<time>: last.pt, best.pt and
+            metrics.jsonl; the newest is kept.
+        name: of the run. One of this name that is in the storage goes on.
+        gpu: a GPU for each worker; if there are any, by default.
+        max_failures: restarts before the run is given up; -1 for any number.
+        hparams: where the tiles are, if not in config.data_path: `experiment_config`.
+        verbose: print the losses and figures as they come.
+
+    Returns:
+        {"metrics": {"mAP", "mAP_50", ... , "batches"} of the last validation,
+        "losses": {step: mean loss since the one before}, "records": lines of
+        metrics.jsonl, "resumed": steps at which the run went on after a failure,
+        "checkpoint": folder or URL of last.pt and best.pt}.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker failed more often; holds its error.
+    """
+    kept = place(storage or config.output_dir)
+    if not hparams:
+        config = replace(config, data_path=str(Path(config.data_path).resolve()))
+    with ray_session(workers, verbose):
+        if gpu is None:
+            gpu = ray.cluster_resources().get("GPU", 0) >= workers
+        run = trainer(
+            config, workers, kept, name, gpu, max_failures, hparams, verbose
+        ).fit()
+        with run.checkpoint.as_directory() as folder:
+            records = read_metrics(Path(folder) / "metrics.jsonl")
+            resumed = json.loads((Path(folder) / RESUMED).read_text())["resumed"]
+    validated = [record for record in records if "AP" in record]
+    last = validated[-1] if validated else {}
+    return {
+        "metrics": {**figures(last), "batches": last.get("step")},
+        "losses": {r["step"]: r["loss"] for r in records if "loss" in r},
+        "records": records,
+        "resumed": resumed,
+        "checkpoint": below(kept, name, Path(run.checkpoint.path).name),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value")
+    parser.add_argument("--config", required=True, help="experiment YAML of one trial")
+    parser.add_argument("--workers", type=int, help="slots_per_trial by default")
+    parser.add_argument("--storage", default="runs/ray", help="folder or URL")
+    parser.add_argument("--name", help="of the run; the experiment's by default")
+    parser.add_argument("--tiles", help="folder of tiles, instead of data_dir")
+    parser.add_argument("--gpu", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--max-failures", type=int, help="max_restarts by default")
+    options = parser.parse_args(arguments)
+    experiment = load_config(options.config, options.overrides)
+    slots = experiment.get("resources", {}).get("slots_per_trial", 1)
+    workers = options.workers or slots
+    config, hparams = experiment_config(
+        experiment["hyperparameters"], workers, options.tiles
+    )
+    restarts = options.max_failures
+    done = train(
+        config,
+        workers,
+        options.storage,
+        name=options.name or experiment.get("name", "train"),
+        gpu=options.gpu,
+        max_failures=experiment.get("max_restarts", 5)
+        if restarts is None
+        else restarts,
+        hparams=hparams,
+        verbose=True,
+    )
+    told = "  ".join(f"{key} {value:.4f}" for key, value in done["metrics"].items())
+    print(f"{told}\ncheckpoint {done['checkpoint']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Ray Train and Ray Tune on this machine, beside the plain loop and torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from serving import ROOT
+from test_storage import client, start_moto
+
+from determined_files.trial_config import read_experiment
+from e2e_utils.models import model_from_checkpoint
+from e2e_utils.train import TrainConfig, fit, read_metrics
+
+pytest.importorskip("ray")
+
+from ray.train import Checkpoint  # noqa: E402
+
+from ray_files.adapter import ray_session  # noqa: E402
+from ray_files.train import train  # noqa: E402
+from ray_files.tune import search  # noqa: E402
+
+pytestmark = pytest.mark.slow
+FILES = ROOT / "determined_files"
+SETTINGS = {"min_size": 96, "max_size": 96}
+PATIENCE = 300  # seconds for what takes ten on idle cores
+
+
+def config(tiles, output="", **changes) -> TrainConfig:
+    values = {"steps": 30, "eval_steps": 10, "save_steps": 2, "batch_size": 1}
+    values |= {"lr": 1e-3, "amp": "off", "settings": SETTINGS, **changes}
+    return TrainConfig(str(tiles), str(output), **values)
+
+
+def ray_processes(parent: psutil.Process) -> list[psutil.Process]:
+    """Processes of Ray below one, however deep."""
+    found = []
+    for process in parent.children(recursive=True):
+        try:
+            told = process.name() + " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if "ray" in told:
+            found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray():
+    """A Ray of two CPUs for these tests, of which nothing may be left."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ray_session(3):
+        started = ray_processes(psutil.Process())
+        assert any("raylet" in process.name() for process in started)
+        yield
+    torch.set_num_threads(threads)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive and not ray_processes(psutil.Process())
+
+
+def tables(folder) -> list[dict]:
+    return read_metrics(Path(folder) / "metrics.jsonl")
+
+
+def assert_same_run(ours, theirs):
+    """Equal losses, figures and weights, bit for bit."""
+    assert tables(ours) == tables(theirs)
+    states = [
+        torch.load(Path(folder) / "last.pt", weights_only=True)
+        for folder in (ours, theirs)
+    ]
+    assert states[0]["step"] == states[1]["step"]
+    for key, value in states[1]["model"].items():
+        assert torch.equal(states[0]["model"][key], value), key
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiles, tmp_path_factory):
+    return train(config(tiles), 2, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_two_workers_compute_what_torchrun_computes(undisturbed, tiles, tmp_path):
+    given = config(tiles, tmp_path)
+    flags = {
+        "--data-path": tiles,
+        "--output-dir": tmp_path,
+        "--steps": given.steps,
+        "--eval-steps": given.eval_steps,
+        "--save-steps": given.save_steps,
+        "--batch-size": given.batch_size,
+        "--lr": given.lr,
+        "--amp": given.amp,
+        "--settings": json.dumps(SETTINGS),
+    }
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    told = [str(word) for pair in flags.items() for word in pair]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "e2e_utils.train", *told],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(undisturbed["checkpoint"], tmp_path)
+
+
+def test_a_run_tells_its_losses_and_keeps_its_newest_checkpoint(undisturbed):
+    assert list(undisturbed["losses"]) == [10, 20, 30]
+    assert undisturbed["metrics"]["batches"] == 30
+    assert 0 <= undisturbed["metrics"]["mAP"] <= undisturbed["metrics"]["mAP_50"] <= 1
+    assert undisturbed["resumed"] == []
+    kept = Path(undisturbed["checkpoint"])
+    assert [path.name for path in kept.parent.glob("checkpoint_2*")] == [kept.name]
+    model, meta = model_from_checkpoint(kept / "best.pt")
+    assert meta["class_names"] == ["background", "square", "bar", "dot"]
+    assert not model.training
+
+
+def kill_a_worker(registry: Path, killed: list) -> None:
+    """Once Ray knows of a checkpoint, end one training process by SIGKILL."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if registry.exists():
+            for process in ray_processes(psutil.Process()):
+                if "RayTrainWorker" in process.name() + "".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_like_the_undisturbed(
+    undisturbed, tiles, tmp_path
+):
+    killed: list[int] = []
+    registry = tmp_path / "train" / "checkpoint_manager_snapshot.json"
+    killer = threading.Thread(target=kill_a_worker, args=(registry, killed))
+    killer.start()
+    done = train(config(tiles), 2, tmp_path)
+    killer.join()
+    assert len(killed) == 1
+    (resumed,) = done["resumed"]
+    assert 0 < resumed < 30
+    assert done["losses"] == undisturbed["losses"]
+    assert_same_run(done["checkpoint"], undisturbed["checkpoint"])
+
+
+@pytest.fixture
+def bucket():
+    """URL of an empty bucket of moto's S3 server on this machine."""
+    server, endpoint = start_moto()
+    try:
+        client(endpoint).create_bucket(Bucket="runs")
+        address = endpoint.removeprefix("http://")
+        yield f"s3://key:secret@runs/ray?endpoint_override={address}&scheme=http"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_one_worker_computes_what_the_plain_loop_computes_into_a_bucket(
+    tiles, tmp_path, bucket
+):
+    few = {"steps": 3, "eval_steps": 1, "batch_size": 2}
+    fit(config(tiles, tmp_path / "plain", **few), progress=False)
+    done = train(config(tiles, **few), 1, bucket, name="one")
+    assert list(done["losses"]) == [1, 2, 3]
+    assert done["records"] == tables(tmp_path / "plain")
+    kept = Checkpoint(done["checkpoint"]).to_directory(tmp_path / "kept")
+    assert_same_run(kept, tmp_path / "plain")
+    assert done["checkpoint"].startswith("s3://key:secret@runs/ray/one/checkpoint_")
+
+
+def experiment(file, **hparams):
+    found = read_experiment(FILES / f"{file}.yaml")
+    found["hyperparameters"] |= {"amp": "off", "settings": SETTINGS, **hparams}
+    return found
+
+
+def test_asha_stops_what_does_not_learn(tiles, tmp_path, capfd):
+    rates = {"type": "categorical", "vals": [2e-3, 1e-7]}
+    found = experiment("adaptive", max_batches=12, validation_batches=3, lr=rates)
+    found["searcher"] |= {"max_time": 12, "divisor": 2, "max_rungs": 2}
+    found["hyperparameters"] |= {"weight_decay": 0.05, "clip_grad": 10.0}
+    told = []
+    records = search(
+        found,
+        tiles,
+        tmp_path,
+        trials=3,
+        max_concurrent=1,  # one after the other: the outcome does not hang on timing
+        seed=1,  # draws the rate that learns first, then the other twice
+        on_result=lambda record: told.append((record["trial"], record["state"])),
+    )
+    assert [record["trial"] for record in records] == [0, 1, 2]
+    assert [record["hparams"]["lr"] for record in records] == [2e-3, 1e-7, 1e-7]
+    assert [record["stopped_at"] for record in records] == [None, 6, 6]
+    for record in records:
+        batches = [step for step, _ in record["curve"]]
+        assert batches == list(range(3, batches[-1] + 1, 3))
+        assert all(0 <= value <= 1 for _, value in record["curve"])
+        assert record["best"] == max(value for _, value in record["curve"])
+        assert list(record["hparams"]) == ["lr"]
+        assert batches[-1] == record["stopped_at"] or record["state"] == "finished"
+        validations = [state for trial, state in told if trial == record["trial"]]
+        assert validations == ["running"] * len(batches) + [record["state"]]
+        model, meta = model_from_checkpoint(record["checkpoint"])
+        assert meta["config"]["lr"] == record["hparams"]["lr"]
+    assert max(records, key=lambda record: record["best"]) is records[0]
+    out = capfd.readouterr()
+    assert out.out == out.err == ""  # fit for a notebook
+    with pytest.raises(FileExistsError, match="holds a search; remove it"):
+        search(found, tiles, tmp_path)
+
+
+def test_a_grid_is_gone_through_and_a_trial_that_fails_is_told(tiles, tmp_path):
+    found = experiment(
+        "const-distributed-search",
+        model="fasterrcnn_small",
+        weights_backbone=None,
+        workers=0,
+        global_batch_size=2,
+        max_batches=2,
+        validation_batches=2,
+        warmup_batches=1,
+        lr_step_batches=[1],
+        lr={"type": "categorical", "vals": [0.01, 0.001]},
+        amp={"type": "categorical", "vals": ["off", "oops"]},
+    )
+    found["resources"]["slots_per_trial"] = 1
+    records = search(found, tiles, tmp_path)
+    values = [tuple(record["hparams"].values()) for record in records]
+    assert sorted(values) == [
+        (0.001, "off"),
+        (0.001, "oops"),
+        (0.01, "off"),
+        (0.01, "oops"),
+    ]
+    for record in records:
+        good = record["hparams"]["amp"] == "off"
+        assert record["state"] == ("finished" if good else "failed")
+        assert record["stopped_at"] is None
+        if good:
+            assert [step for step, _ in record["curve"]] == [2]
+            state = torch.load(record["checkpoint"], weights_only=True)
+            assert state["scheduler"]["base_lrs"] == [record["hparams"]["lr"]] * 2
+            assert record["error"] is None
+        else:
+            assert "got 'oops'" in record["error"]
+            assert record["checkpoint"] is None and record["best"] is None
+
+
+def test_a_trial_of_two_slots_has_two_workers(tiles, tmp_path):
+    found = experiment("adaptive", max_batches=2, validation_batches=2)
+    found["searcher"] |= {"max_time": 2, "max_rungs": 1}
+    found["resources"]["slots_per_trial"] = 2
+    (record,) = search(found, tiles, tmp_path, trials=1)
+    assert record["state"] == "finished"
+    assert [step for step, _ in record["curve"]] == [2]
+    state = torch.load(record["checkpoint"], weights_only=True)
+    assert state["config"]["batch_size"] == 1  # of global_batch_size 2
+    assert state["config"]["lr"] == record["hparams"]["lr"]

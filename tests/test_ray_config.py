@@ -1,0 +1,434 @@
+"""How experiment YAMLs become searches of Ray, and what needs no running Ray."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from serving import ROOT
+from test_k8s import strict
+
+from determined_files.trial_config import read_experiment, write_fake_tiles
+from e2e_utils.config import TrainConfig
+from e2e_utils.optim import lr_factor
+
+pytest.importorskip("ray")
+
+from ray.tune.schedulers import ASHAScheduler  # noqa: E402
+from ray.tune.search import sample  # noqa: E402
+
+from ray_files import adapter  # noqa: E402
+from ray_files.adapter import (  # noqa: E402
+    Courier,
+    below,
+    experiment_config,
+    place,
+    prepare,
+)
+from ray_files.translate import translate  # noqa: E402
+
+FILES = ROOT / "determined_files"
+RAYJOB = ROOT / "ray_files" / "rayjob.yaml"
+CRD = ROOT.parent / "shared" / "schemas" / "kuberay" / "RayJob.v1.json"
+
+
+def experiment(file="adaptive", hparams=None, /, **searcher):
+    found = read_experiment(FILES / f"{file}.yaml")
+    found["hyperparameters"] |= hparams or {}
+    found["searcher"] = {**found["searcher"], **searcher}
+    return found
+
+
+# ---- every YAML of determined_files
+
+
+def test_the_adaptive_yaml_becomes_asha():
+    plan = translate(experiment("adaptive"))
+    assert plan.asha == {
+        "time_attr": "batches",
+        "max_t": 1600,
+        "grace_period": 100,
+        "reduction_factor": 4,
+        "brackets": 1,
+    }
+    assert (plan.samples, plan.metric, plan.slots, plan.restarts) == (16, "mAP", 1, 0)
+    assert plan.concurrent == 16  # the master's default
+    assert plan.searched == ["lr", "weight_decay", "clip_grad"]
+    lr, decay = plan.space["lr"], plan.space["weight_decay"]
+    assert isinstance(lr.sampler, sample.LogUniform)
+    assert (lr.lower, lr.upper) == pytest.approx((1e-4, 1e-2))
+    assert decay.categories == [0.0, 0.01, 0.05]
+    clip = plan.space["clip_grad"]
+    assert (clip.lower, clip.upper) == (1.0, 20.0)
+    assert plan.space["max_batches"] == 1600
+    (bracket,) = ASHAScheduler(metric="mAP", mode="max", **plan.asha)._brackets
+    assert [milestone for milestone, _ in bracket._rungs] == [1600, 400, 100]
+
+
+def test_the_search_over_architectures_becomes_a_grid():
+    plan = translate(experiment("const-distributed-search"))
+    assert plan.searched == ["model"] and plan.asha is None
+    assert len(plan.space["model"]["grid_search"]) == 8
+    assert (plan.samples, plan.slots, plan.concurrent) == (1, 8, 2)
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_yaml_has_a_translation(path):
+    found = read_experiment(path)
+    plan = translate(found)
+    single = found["searcher"]["name"] == "single"
+    assert single == (plan.samples == 1 and not plan.searched)
+    values = {key: drawn(value) for key, value in plan.space.items()}
+    if values["backend"] == "aws":
+        values["cache_dir"] = "cache"
+    config, hparams = experiment_config(values, plan.slots)
+    assert config.steps == hparams["max_batches"]
+    assert config.batch_size * plan.slots == hparams["global_batch_size"]
+    assert config.eval_steps == hparams["validation_batches"]
+
+
+def drawn(value):
+    if isinstance(value, dict) and "grid_search" in value:
+        return value["grid_search"][0]
+    return value.sample() if isinstance(value, sample.Domain) else value
+
+
+# ---- ranges
+
+
+def test_each_kind_of_range_is_sampled_between_its_ends():
+    hparams = {
+        "lr": {"type": "log", "base": 2, "minval": -4, "maxval": -2},
+        "seed": {"type": "int", "minval": 3, "maxval": 5},
+        "momentum": {"type": "double", "minval": 0.5, "maxval": 0.9},
+        "optimizer": {"type": "const", "val": "sgd"},
+        "settings": {"min_size": {"type": "categorical", "vals": [96, 128]}},
+    }
+    plan = translate(experiment("adaptive", hparams))
+    assert plan.space["optimizer"] == "sgd"
+    assert "settings.min_size" in plan.searched
+    space = {key: plan.space[key] for key in ("lr", "seed", "momentum")}
+    draws = [{k: v.sample() for k, v in space.items()} for _ in range(200)]
+    assert {draw["seed"] for draw in draws} == {3, 4}  # maxval is excluded
+    assert all(1 / 16 <= draw["lr"] <= 1 / 4 for draw in draws)
+    below = sum(draw["lr"] < 1 / 8 for draw in draws)
+    assert 60 < below < 140  # the exponent is drawn evenly
+    assert all(0.5 <= draw["momentum"] <= 0.9 for draw in draws)
+    assert plan.space["settings"]["min_size"].categories == [96, 128]
+
+
+def test_a_grid_takes_the_masters_points():
+    hparams = {
+        "lr": {"type": "log", "base": 10, "minval": -4, "maxval": -2, "count": 3},
+        "seed": {"type": "int", "minval": 0, "maxval": 3, "count": 9},
+        "momentum": {"type": "double", "minval": 0.5, "maxval": 0.9, "count": 1},
+        "clip_grad": {"type": "int", "minval": 0, "maxval": 5, "count": 3},
+    }
+    found = experiment("const-distributed-search", hparams)
+    space = translate(found).space
+    assert space["lr"]["grid_search"] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert space["seed"]["grid_search"] == [0, 1, 2, 3]  # no value twice
+    assert space["momentum"]["grid_search"] == [0.7]
+    assert space["clip_grad"]["grid_search"] == [0, 3, 5]  # 2.5 is rounded up
+
+
+# ---- the searcher
+
+
+@pytest.mark.parametrize(
+    ("searcher", "rungs"),
+    [
+        ({"max_rungs": 3}, [1600, 400, 100]),
+        ({"max_rungs": 5}, [1600, 400, 100]),  # 16 trials fill three rungs of four
+        ({"max_rungs": 5, "max_trials": 256}, [1600, 400, 100, 25, 6.25]),
+        ({"max_rungs": 1}, [1600]),
+        ({"divisor": 2, "max_rungs": 4, "max_time": 100}, [100, 50, 25, 12.5]),
+    ],
+)
+def test_rungs_are_those_of_the_master(searcher, rungs):
+    found = experiment("adaptive", {"validation_batches": 5}, **searcher)
+    plan = translate(found)
+    scheduler = ASHAScheduler(metric="mAP", mode="max", **plan.asha)
+    told = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
+    assert told == pytest.approx(rungs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "brackets"),
+    [("aggressive", [3]), ("standard", [3, 2]), ("conservative", [3, 2, 1])],
+)
+def test_modes_are_brackets_with_as_many_rungs_as_the_masters(mode, brackets):
+    plan = translate(experiment("adaptive", mode=mode))
+    scheduler = ASHAScheduler(metric="mAP", mode="max", **plan.asha)
+    assert [len(bracket._rungs) for bracket in scheduler._brackets] == brackets
+
+
+def test_defaults_of_the_searcher_are_the_masters():
+    found = experiment("adaptive")
+    for key in ("divisor", "max_rungs", "mode"):
+        del found["searcher"][key]
+    del found["max_restarts"], found["resources"]
+    plan = translate(found)
+    assert plan.asha["reduction_factor"] == 4 and plan.asha["brackets"] == 2
+    assert (plan.restarts, plan.slots) == (5, 1)
+
+
+def test_a_random_search_has_no_scheduler():
+    found = experiment("adaptive")
+    found["searcher"] = {
+        "name": "random",
+        "metric": "mAP_50",
+        "smaller_is_better": False,
+        "max_trials": 7,
+        "max_concurrent_trials": 0,
+        "source_trial_id": None,  # as good as absent
+    }
+    found["reproducibility"] = {"experiment_seed": 5}
+    plan = translate(found)
+    assert (plan.samples, plan.concurrent, plan.asha) == (7, 0, None)
+    assert (plan.metric, plan.seed) == ("mAP_50", 5)
+
+
+@pytest.mark.parametrize(
+    ("searcher", "message"),
+    [
+        ({"name": "custom"}, "searcher.name must be one of .*got 'custom'"),
+        ({"bracket_rungs": [2]}, r"searcher.bracket_rungs = \[2\] .* no translation"),
+        ({"max_length": 9}, "searcher.max_length = 9 of adaptive_asha"),
+        ({"source_trial_id": 4}, "searcher.source_trial_id = 4"),
+        ({"metric": "loss"}, "searcher.metric must be one of mAP.*got 'loss'"),
+        ({"smaller_is_better": True}, "the worst would be kept"),
+        ({"smaller_is_better": None}, "the worst would be kept"),
+        ({"time_metric": "epochs"}, "time_metric must be batches.*got 'epochs'"),
+        ({"time_metric": None}, "time_metric must be batches.*got None"),
+        ({"max_time": None}, "max_time must be 1 or more, got None"),
+        ({"divisor": 1}, "divisor must be above 1, got 1"),
+        ({"mode": "bold"}, "searcher.mode must be one of .*got 'bold'"),
+        ({"max_trials": None}, "max_trials is needed by adaptive_asha"),
+    ],
+)
+def test_what_has_no_translation_is_refused_by_name(searcher, message):
+    with pytest.raises(ValueError, match=message):
+        translate(experiment("adaptive", **searcher))
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"lr": {"type": "logarithmic"}}, "lr.type must be .*got 'logarithmic'"),
+        ({"lr": {"type": "log", "minval": 0, "maxval": 1}}, "lr lacks base"),
+        ({"lr": {"type": "double", "minval": 1, "maxval": 1}}, "below maxval"),
+        ({"lerning_rate": 1}, "unknown hyperparameter 'lerning_rate'"),
+        ({"validation_batches": 400}, "steps over the rung at 100.*at least every 100"),
+    ],
+)
+def test_a_wrong_hyperparameter_is_named(hparams, message):
+    with pytest.raises(ValueError, match=message):
+        translate(experiment("adaptive", hparams))
+
+
+def test_a_grid_needs_counts_and_values():
+    lr = {"type": "double", "minval": 1, "maxval": 2}
+    with pytest.raises(ValueError, match="lr needs a count in a grid"):
+        translate(experiment("const-distributed-search", {"lr": lr}))
+    with pytest.raises(ValueError, match="grid needs a hyperparameter with several"):
+        translate(experiment("const-distributed-search", {"model": "ssd300_vgg16"}))
+
+
+# ---- a trial's values as a configuration of the plain loop
+
+
+def test_what_the_plain_loop_lacks_is_refused():
+    found = read_experiment(FILES / "const.yaml")["hyperparameters"]
+    with pytest.raises(ValueError, match="init_checkpoint 'best.pt' is Determined's"):
+        experiment_config({**found, "init_checkpoint": "best.pt"})
+    with pytest.raises(ValueError, match="2 does not divide equally among 3 workers"):
+        experiment_config(found, 3)
+
+
+def test_tiles_can_be_given_and_paths_become_absolute(tmp_path):
+    found = read_experiment(FILES / "const-distributed.yaml")["hyperparameters"]
+    config, hparams = experiment_config(found, 8, tmp_path)
+    assert hparams["backend"] == "local" and config.data_path == str(tmp_path)
+    assert place("s3://bucket/runs") == "s3://bucket/runs"
+    assert Path(place("runs")).is_absolute()
+    assert below("/runs", "a", "b") == "/runs/a/b"
+    assert below("s3://bucket/?region=x", "a") == "s3://bucket/a?region=x"
+
+
+def test_steps_in_batches_reach_a_loop_that_counts_epochs(tmp_path):
+    tiles = tmp_path / "tiles"
+    size = TrainConfig("", "", tile_size=64)
+    write_fake_tiles(tiles, size, tiles=49)
+    for batches in (3, 9, 29, 48):  # 3 / 49 * 49 is not 3 in floating point, say
+        hparams = {
+            **read_experiment(FILES / "const.yaml")["hyperparameters"],
+            "global_batch_size": 1,
+            "tile_size": 64,
+            "lr_scheduler": "multistep",
+            "lr_step_batches": [batches],
+            "warmup": 0.0,
+        }
+        config, hparams = experiment_config(hparams, 1, tiles)
+        (tmp_path / str(batches)).mkdir()
+        here = prepare(config, hparams, tmp_path / str(batches))
+        factor = lr_factor(here, here.steps, 49)
+        assert factor(batches - 1) == 1.0
+        assert factor(batches) == pytest.approx(0.1)
+
+
+def test_a_save_tells_only_the_figures_of_its_own_step(tmp_path):
+    sent = []
+    courier = Courier(lambda *told: sent.append(told), tmp_path / "run")
+    courier.restore(None)
+    courier.report({"loss": 2.0, "lr": 0.1}, 20)
+    courier.save(20)
+    courier.report({"AP": 0.5, "AP50": 0.75, "AP_large": None, "AR_1": 0.1}, 40)
+    courier.save(40)
+    courier.save(60)
+    metrics = [told for told, _ in sent]
+    assert metrics[0] == {"loss": 2.0, "lr": 0.1, "batches": 20}
+    assert metrics[1] == {**metrics[0], "mAP": 0.5, "mAP_50": 0.75, "batches": 40}
+    assert metrics[2] == {"loss": 2.0, "lr": 0.1, "batches": 60}
+    told = json.loads((tmp_path / "run" / "resumed.json").read_text())
+    assert told == {"step": 60, "resumed": []}
+
+
+# ---- a Ray that is started here
+
+
+def test_a_node_that_is_late_is_cleared_away_and_started_again(monkeypatch):
+    started = []
+
+    def init(**_):
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+        started.append(subprocess.Popen(sleep))
+        if len(started) < 3:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(adapter.ray, "init", init)
+    adapter._start(1, False, {})
+    assert [process.poll() is None for process in started] == [False, False, True]
+    started[-1].kill()
+    started[-1].wait()
+
+
+def test_another_failure_to_start_is_raised_at_once(monkeypatch):
+    attempts = []
+
+    def init(**_):
+        attempts.append(1)
+        raise ValueError("no such option")
+
+    monkeypatch.setattr(adapter.ray, "init", init)
+    with pytest.raises(ValueError, match="no such option"):
+        adapter._start(1, False, {})
+    assert len(attempts) == 1
+
+
+def test_the_environment_and_the_handler_of_ctrl_c_are_put_back(monkeypatch):
+    seen = {}
+
+    def init(**_):
+        seen.update(os.environ)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray takes it
+
+    monkeypatch.setattr(adapter.ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
+    with adapter.ray_session():
+        pass
+    assert dict(os.environ) == before
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert seen["RAY_AUTH_MODE"] == "disabled" and str(ROOT) in seen["PYTHONPATH"]
+
+
+# ---- the RayJob
+
+
+@pytest.fixture(scope="module")
+def rayjob():
+    return yaml.safe_load(RAYJOB.read_text())
+
+
+def test_rayjob_is_valid_and_holds_no_unknown_field(rayjob):
+    if not CRD.is_file():
+        pytest.skip("no schema of RayJob in ../shared/schemas/kuberay")
+    crd = json.loads(CRD.read_text())
+    assert rayjob["apiVersion"] == f"{crd['group']}/{crd['version']}"
+    assert rayjob["kind"] == crd["kind"]
+    schema = jsonschema.Draft202012Validator(strict(crd["openAPIV3Schema"]))
+    schema.validate(rayjob)
+    assert set(rayjob) == {"apiVersion", "kind", "metadata", "spec"}
+    broken = json.loads(json.dumps(rayjob))
+    broken["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["oops"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="oops"):
+        schema.validate(broken)
+
+
+def test_rayjob_has_a_gpu_for_each_worker_and_pinned_versions(rayjob):
+    spec = rayjob["spec"]
+    words = spec["entrypoint"].split()
+    assert words[:2] == ["python", "ray_files/train.py"]
+    assert (ROOT / words[words.index("--config") + 1]).is_file()
+    found = read_experiment(ROOT / words[words.index("--config") + 1])
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert group["replicas"] * gpus == found["resources"]["slots_per_trial"]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert any(found["hyperparameters"]["cache_dir"].startswith(m) for m in mounts)
+    pins = (ROOT / "requirements.txt").read_text()
+    for pin in yaml.safe_load(spec["runtimeEnvYAML"])["pip"]:
+        assert re.search(rf"^{re.escape(pin)}( |$)", pins, re.M), pin
+    (ray_pin,) = re.findall(r"^ray\[.*?\]==(\S+)", pins, re.M)
+    assert spec["rayClusterSpec"]["rayVersion"] == ray_pin
+    images = re.findall(r"image: (\S+)", RAYJOB.read_text())
+    assert {image.split("-")[0] for image in images} == {f"rayproject/ray:{ray_pin}"}
+
+
+def test_rayjob_cannot_run_before_it_is_filled_in(rayjob):
+    urls = re.findall(r"\w+://\S+", RAYJOB.read_text())
+    assert len(urls) == 3 and all("<" in url for url in urls)
+
+
+# ---- the abandoned package is not needed
+
+WITHOUT_DETERMINED = """
+import importlib, pkgutil, sys
+for name in ("determined", "determined.pytorch"):
+    sys.modules[name] = None  # importing it raises ImportError
+imported = 0
+for package in ("e2e_utils", "ray_files"):
+    found = importlib.import_module(package)
+    for module in pkgutil.walk_packages(found.__path__, package + "."):
+        importlib.import_module(module.name)
+        imported += 1
+assert not [m for m in sys.modules if m.startswith("determined.")][1:]
+print(imported)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_or_of_the_helpers_needs_determined():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DETERMINED],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    modules = [*ROOT.glob("e2e_utils/*.py"), *ROOT.glob("ray_files/*.py")]
+    assert int(done.stdout) >= len(modules) - 2  # but for the two __init__.py
+
+
+def test_no_module_of_ray_names_determineds_package():
+    for path in (ROOT / "ray_files").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) determined\b", path.read_text(), re.M)
