@@ -18,31 +18,46 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils.models import build_model
 
+DESCRIPTION = ("architecture", "settings", "class_names", "tile_size", "overlap")
+DESCRIPTION += ("step", "metrics")
+
 
 def read_trial_checkpoint(path: str | Path) -> dict:
     """A trial's checkpoint folder as the content of an e2e_utils checkpoint.
 
+    Of a folder of core_api.py it is last.pt that is read, the weights of the step at
+    which the checkpoint was taken; its best.pt is the best until then.
+
     Returns:
         "model" (state dict, without the prefix that DDP gives its keys),
         "architecture", "settings", "class_names", "tile_size", "overlap", "step" and
-        "metrics" (of the last validation before it).
+        "metrics" (of the last validation before it; by the names of
+        `trial_config.METRICS`, or of `coco_metrics` if core_api.py wrote it).
 
     Raises:
-        FileNotFoundError: no state_dict.pth in the folder.
-        ValueError: it was not written by ObjectDetectionTrial.
+        FileNotFoundError: neither state_dict.pth nor last.pt in the folder.
+        ValueError: it was written neither by ObjectDetectionTrial nor by core_api.py.
     """
-    file = Path(path) / "state_dict.pth"
-    if not file.is_file():
-        raise FileNotFoundError(f"no Determined checkpoint in {path}: no {file.name}")
+    for name in ("state_dict.pth", "last.pt"):
+        file = Path(path) / name
+        if file.is_file():
+            break
+    else:
+        raise FileNotFoundError(
+            f"no Determined checkpoint in {path}: neither state_dict.pth nor last.pt"
+        )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file} is not a readable checkpoint: {reason}") from error
+    if set(DESCRIPTION) <= set(content):
+        return {key: content[key] for key in ("model", *DESCRIPTION)}
     if "e2e" not in content:
         raise ValueError(
             f"{file} does not say which model it holds: it was not written by "
-            f"ObjectDetectionTrial (its keys: {', '.join(sorted(content))})"
+            f"ObjectDetectionTrial or core_api.py (its keys: "
+            f"{', '.join(sorted(content))})"
         )
     weights = content["models_state_dict"][0]
     consume_prefix_in_state_dict_if_present(weights, "module.")
@@ -53,7 +68,8 @@ def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model of a trial's checkpoint folder, written on one slot or on many.
 
     Args:
-        path: folder with state_dict.pth, as Determined writes and downloads it.
+        path: folder with state_dict.pth or, by core_api.py, last.pt, as Determined
+            writes and downloads it.
 
     Returns:
         (model, meta) like `e2e_utils.models.model_from_checkpoint`: the model in
@@ -98,9 +114,9 @@ def download_best(
     """
     from determined.experimental import client
 
-    if master:
-        client.login(master=master)
-    found = client.get_experiment(experiment_id).list_checkpoints(
+    # client.login would refuse a second master in the same process
+    experiment = client.Determined(master=master).get_experiment(experiment_id)
+    found = experiment.list_checkpoints(
         sort_by=metric, order_by=client.OrderBy.DESC, max_results=1
     )
     if not found:

@@ -251,7 +251,9 @@ def test_searcher_maximises_a_reported_metric_within_the_length(path):
 def test_entrypoint_is_a_script_and_launched_for_many_slots(path):
     experiment = config(path)
     command = experiment["entrypoint"]
-    assert command.endswith("python3 train.py")
+    script = {"core.yaml": "core_api.py"}.get(path.name, "train.py")
+    assert command.endswith(f"python3 {script}")
+    assert (FILES / script).is_file()
     many = experiment["resources"]["slots_per_trial"] > 1
     assert ("determined.launch.torch_distributed" in command) == many
     for deprecated in ("scheduling_unit", "min_validation_period", "records_per_epoch"):
@@ -325,6 +327,13 @@ def test_hyperparameters_that_contradict_each_other_are_an_error():
         load_config(FILES / "const-distributed.yaml", ["warmup=0.1"])
     with pytest.raises(ValueError, match="lack backend, global_batch_size"):
         check_hparams({"max_batches": 1})
+
+
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("on", "on")])
+def test_on_and_off_of_yaml_are_the_words_that_were_written(written, meant):
+    loaded = load_config(FILES / "const.yaml", [f"amp={written}"])
+    assert isinstance(loaded["hyperparameters"]["amp"], bool)
+    assert train_config(loaded["hyperparameters"], 2).amp == meant
 
 
 def test_every_hyperparameter_is_told_in_the_module():

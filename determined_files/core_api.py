@@ -1,0 +1,315 @@
+"""The training as a script of Determined's Core API: here, by torchrun, on a cluster.
+
+    python determined_files/core_api.py --config determined_files/core.yaml \\
+        --output-dir runs/core_api max_batches=40
+    torchrun --nproc_per_node=2 determined_files/core_api.py \\
+        --config determined_files/core.yaml --output-dir runs/core_api
+    det e create determined_files/core.yaml determined_files/ --include e2e_utils
+
+Copy: this folder and e2e_utils.
+
+There is no trial class. The loop is `e2e_utils.train.fit` as it stands, and Determined
+stands at its three callables: `report` tells the metrics, `save` uploads a checkpoint,
+`should_stop` asks for preemption, each on the chief alone. A paused trial finds its
+checkpoint in output_dir when it comes back, and `fit` goes on by itself.
+
+Nothing here calls core_context.searcher, which Determined 0.38 gave up: the length is
+a hyperparameter, and a searcher reads the validation metrics and ends a trial by
+preempting it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import determined as det
+import torch.distributed as dist
+from determined import core
+
+from e2e_utils.train import TrainConfig, fit, start_process_group
+
+if __package__:
+    from determined_files import trial_config
+    from determined_files.train import show
+else:  # on a cluster, and as a script, this folder is the root
+    import trial_config
+    from train import show
+
+FILES = ("last.pt", "best.pt", "metrics.jsonl")  # what fit writes and continues from
+
+
+def loop_config(
+    hparams: dict, slots: int, data_path: str, output_dir: str | Path
+) -> TrainConfig:
+    """The TrainConfig of one slot for `fit`.
+
+    Args:
+        hparams: see trial_config.py.
+        slots: processes that share global_batch_size.
+        data_path: folder of the tiles on this machine.
+        output_dir: of `fit`.
+
+    Raises:
+        ValueError: init_checkpoint, of which `fit` has no counterpart, or slots that do
+            not divide global_batch_size.
+    """
+    if "init_checkpoint" in hparams:
+        raise ValueError("core_api.py does not know init_checkpoint: train.py reads it")
+    batch_size, rest = divmod(hparams["global_batch_size"], slots)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {hparams['global_batch_size']} does not divide "
+            f"equally among {slots} slots"
+        )
+    config = replace(
+        trial_config.train_config(hparams, batch_size, data_path),
+        output_dir=str(output_dir),
+        eval_steps=hparams.get("validation_batches"),
+        save_steps=hparams.get("checkpoint_batches"),
+    )
+    if "lr_step_batches" in hparams:  # fit counts in epochs; half a batch earlier is
+        # the same step and cannot be rounded past it
+        tiles = len(json.loads(config.split("train")[1].read_text())["images"])
+        epoch = max(1, tiles // hparams["global_batch_size"])
+        steps = [(batch - 0.5) / epoch for batch in hparams["lr_step_batches"]]
+        config = replace(config, lr_steps=steps)
+    return config
+
+
+def train(
+    core_context: core.Context,
+    hparams: dict,
+    output_dir: str | Path,
+    report: Callable[[dict, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[dict, str | None]:
+    """Run `fit` and tell Determined; a run in output_dir is continued.
+
+    Args:
+        core_context: of `determined.core.init`, with `PreemptMode.ChiefOnly`.
+        hparams: see trial_config.py.
+        output_dir: last.pt, best.pt and metrics.jsonl go here, on each machine.
+        report: told (metrics, step) on the chief, with the names that Determined gets.
+        should_stop: asked after every step besides Determined.
+
+    Returns:
+        (metrics of the last validation with its step, id of the last checkpoint); the
+        id is None on other processes than the chief.
+    """
+    slots, chief = core_context.distributed.size, core_context.distributed.rank == 0
+    output, trial_id = Path(output_dir), _trial_id(core_context)
+    saved: list[tuple[int, str]] = []
+
+    def tell(values: dict, step: int) -> None:
+        if not chief:
+            return
+        if "loss" in values:
+            core_context.train.report_training_metrics(step, values)
+        else:
+            values = _named(values)
+            core_context.train.report_validation_metrics(step, values)
+        core_context.train.report_progress(step / hparams["max_batches"])
+        if report:
+            report(values, step)
+
+    def store(step: int) -> None:
+        if not chief:
+            return
+        metadata = {"steps_completed": step, "trial_id": trial_id}
+        with core_context.checkpoint.store_path(metadata) as (path, uuid):
+            _copy_run(output, path)
+        saved.append((step, uuid))
+
+    def stops() -> bool:
+        if should_stop and should_stop():
+            return True
+        # Off the cluster nobody asks for preemption, and in its stand-in the processes
+        # would have to ask in step. fit makes all of them stop where one wants to.
+        asks = chief and trial_id is not None
+        return asks and core_context.preempt.should_preempt(auto_ack=False)
+
+    with _tiles(core_context, hparams) as data_path:
+        config = loop_config(hparams, slots, data_path, output)
+        metrics = fit(config, tell, store, stops, progress=False)
+    if saved and saved[-1][0] < hparams["max_batches"]:
+        # Or the master would take the clean exit for the end of the training
+        core_context.preempt.acknowledge_preemption_signal()
+    step = {"step": metrics["step"]} if metrics else {}
+    return {**_named(metrics), **step}, saved[-1][1] if saved else None
+
+
+def _trial_id(core_context: core.Context) -> int | None:
+    """Of the trial that this process is part of; None off the cluster."""
+    info = core_context.info
+    return info.trial.trial_id if info and info.task_type == "TRIAL" else None
+
+
+def _named(metrics: dict) -> dict:
+    """COCO's figures by the names of the searcher; one without ground truth is out."""
+    names = trial_config.METRICS.items()
+    return {n: metrics[k] for n, k in names if metrics.get(k) is not None}
+
+
+def _copy_run(source: Path, target: Path) -> None:
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copy2(source / name, target / name)
+
+
+@contextlib.contextmanager
+def _tiles(core_context: core.Context, hparams: dict) -> Iterator[str]:
+    """The folder of the tiles on this machine."""
+    if hparams["backend"] == "fake":
+        with tempfile.TemporaryDirectory(prefix="fake_tiles_") as folder:
+            settings = trial_config.train_config(hparams, 1)
+            trial_config.write_fake_tiles(folder, settings)
+            if core_context.distributed.rank == 0:
+                print("backend fake: noise with rectangles, the figures mean nothing")
+            yield folder
+        return
+    path = trial_config.fetch_tiles(hparams, core_context.distributed.local_rank)
+    core_context.distributed.broadcast_local(None)  # wait for whoever fetches
+    yield path
+
+
+def _restore(core_context: core.Context, checkpoint: Path, output: Path) -> None:
+    """Put a checkpoint's files where `fit` continues from, once a machine."""
+    if not (checkpoint / "last.pt").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no last.pt: it is no checkpoint of core_api.py"
+        )
+    trial_id = _trial_id(core_context)
+    if trial_id is not None:
+        written_by = json.loads((checkpoint / "metadata.json").read_text())["trial_id"]
+        if written_by != trial_id:
+            raise ValueError(
+                f"trial {trial_id} was told to begin at the checkpoint "
+                f"{checkpoint.name} of trial {written_by}; core_api.py continues a "
+                "trial and forks none. To start from its weights give its last.pt to "
+                "train.py as init_checkpoint."
+            )
+    if core_context.distributed.local_rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        _copy_run(checkpoint, output)
+
+
+@contextlib.contextmanager
+def _core_context(**options) -> Iterator[core.Context]:
+    """core.init, within the processes of torchrun or of Determined's launcher."""
+    distributed, joined = None, dist.is_initialized()
+    if start_process_group()[1] > 1:
+        chief_ip = os.environ.get("DET_CHIEF_IP") or os.environ["MASTER_ADDR"]
+        distributed = core.DistributedContext.from_torch_distributed(chief_ip)
+    try:
+        with core.init(
+            distributed=distributed,
+            preempt_mode=core.PreemptMode.ChiefOnly,
+            **options,
+        ) as core_context:
+            yield core_context
+    finally:
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
+
+
+def run_local(
+    config: dict,
+    output_dir: str | Path,
+    resume: str | Path | None = None,
+    report: Callable[[dict, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[dict, Path | None]:
+    """Train without a cluster: one process, or those that torchrun started.
+
+    Args:
+        config: of `trial_config.load_config`.
+        output_dir: of the run; a run that is there goes on. Checkpoints go to
+            output_dir/checkpoints/<uuid>.
+        resume: checkpoint folder to continue from in a new output_dir.
+        report: told (metrics, step) on the chief: the mean losses of twenty steps, the
+            figures of each validation.
+        should_stop: asked after every step; if true, the run is saved and ends.
+
+    Returns:
+        (metrics of the last validation with its step, folder of the last checkpoint);
+        the folder is None if no step was left, and on other processes than the chief.
+    """
+    output = Path(output_dir).resolve()
+    if resume and (output / "last.pt").exists():
+        raise ValueError(
+            f"{output_dir} holds a run already, which goes on without resume; to "
+            f"continue {resume} choose another output_dir"
+        )
+    storage = output / "checkpoints"
+    with _core_context(checkpoint_storage=str(storage)) as core_context:
+        if resume:
+            _restore(core_context, Path(resume), output)
+            core_context.distributed.broadcast_local(None)  # wait for whoever copies
+        metrics, uuid = train(
+            core_context, config["hyperparameters"], output, report, should_stop
+        )
+    return metrics, storage / uuid if uuid else None
+
+
+def run_on_cluster(info: det.ClusterInfo, report: Callable | None = None) -> dict:
+    """Train as the trial that Determined started this process for."""
+    with _core_context() as core_context, contextlib.ExitStack() as stack:
+        distributed, output = core_context.distributed, None
+        if distributed.local_rank == 0:
+            output = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_"))
+        output = Path(distributed.broadcast_local(output))
+        if info.latest_checkpoint:
+            with core_context.checkpoint.restore_path(info.latest_checkpoint) as path:
+                _restore(core_context, path, output)
+            distributed.broadcast_local(None)  # wait for whoever copies
+        return train(core_context, info.trial.hparams, output, report)[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value")
+    parser.add_argument("--config", help="experiment YAML; not used on a cluster")
+    parser.add_argument("--output-dir", help="folder of the run; goes on from there")
+    parser.add_argument("--resume", metavar="DIR", help="checkpoint to continue from")
+    parser.add_argument("--verbose", action="store_true", help="Determined's log")
+    options = parser.parse_args(arguments)
+    info = det.get_cluster_info()
+    on_cluster = info is not None and info.task_type == "TRIAL"
+    level = logging.INFO if on_cluster or options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format=det.LOG_FORMAT)
+    if on_cluster:
+        run_on_cluster(info, show)
+        return
+    if not (options.config and options.output_dir):
+        parser.error("--config and --output-dir are required off a Determined cluster")
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    _, checkpoint = run_local(
+        trial_config.load_config(options.config, options.overrides),
+        options.output_dir,
+        options.resume,
+        show,
+        terminated.is_set,
+    )
+    if checkpoint:
+        print(f"checkpoint {checkpoint}")
+    if terminated.is_set():
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
