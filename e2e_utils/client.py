@@ -11,13 +11,15 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import requests
 
 _BUSY = (429, 503)
+_GONE = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
+_OUTPUTS = ("boxes_xyxy", "labels", "scores", "names")  # of V2
 
 
 class RemoteError(RuntimeError):
@@ -36,22 +38,30 @@ def predict_remote(
     host: str | None = None,
     timeout: float = 120.0,
     retries: int = 3,
-    score_threshold: float = 0.0,
+    score_threshold: float | None = None,
     class_names: Sequence[str] | None = None,
+    protocol: str = "v1",
+    scene: bool = False,
 ) -> dict:
-    """Boxes of a picture by KServe's V1 protocol, as `predict.predict_image` gives.
+    """Boxes of a picture or a scene by KServe's V1 or V2, as `predict` gives them.
 
     Args:
         base_url: such as "http://localhost:8080".
-        image: the bytes of a picture file (JPEG, PNG, TIFF), or its path.
+        image: the bytes of a picture file (JPEG, PNG, TIFF), or its path. By "v2" a
+            file is sent piece by piece and never whole in memory.
         model_name: of the server's model.
         host: the Host header by which a cluster's gateway finds the service, such as
             "torchserve-default.example.com".
         timeout: seconds that one answer may take.
         retries: how often a busy server (503, 429) is asked again, after 0.5 s, 1 s,
             2 s, ..., or after what its Retry-After says, at most 30 s.
-        score_threshold: drop boxes below, 0..1.
-        class_names: name of each label, background first; xView's by default.
+        score_threshold: drop boxes below, 0..1; None keeps what the server gives.
+        class_names: name of each label, background first; xView's by default. "v2"
+            brings labels and names along and needs none.
+        protocol: "v1", base64 in JSON, which every server here speaks; or "v2", the
+            bytes as they are behind a JSON head, a quarter less to send.
+        scene: let the server slice the picture and merge the boxes, as
+            `predict.predict_scene` does. TorchServe cannot, and that is an error.
 
     Returns:
         "boxes_xyxy" float32 (N, 4) in pixels, "labels" int64 (N,), "scores" float32
@@ -60,46 +70,138 @@ def predict_remote(
     Raises:
         RemoteError: no connection, an error status (with the server's reason), or an
             answer of another shape.
-        ValueError: the server names a class that is not in `class_names`.
+        ValueError: no such protocol, a score_threshold out of range, or the server
+            names a class that is not in `class_names`.
     """
-    content = image if isinstance(image, bytes) else Path(image).read_bytes()
-    body = {"instances": [{"data": base64.b64encode(content).decode("ascii")}]}
-    url = f"{base_url.rstrip('/')}/v1/models/{model_name}:predict"
-    headers = {"Host": host} if host else {}
-    for attempt in range(retries + 1):
-        try:
-            response = requests.post(url, json=body, headers=headers, timeout=timeout)
-        except requests.Timeout as error:
-            raise RemoteError(f"{url} gave no answer in {timeout:g} s") from error
-        except requests.ConnectionError as error:
-            raise RemoteError(
-                f"no connection to {url}: is the server, or the port-forward, running?"
-            ) from error
-        if response.status_code not in _BUSY or attempt == retries:
-            break
-        time.sleep(_pause(response, attempt))
+    if protocol not in ("v1", "v2"):
+        raise ValueError(f"no protocol {protocol!r}; valid: v1, v2")
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
+    parameters: dict = {"scene": True} if scene else {}
+    if score_threshold is not None and (scene or protocol == "v2"):
+        # a scene's boxes are merged after it; TorchServe, which has none, ignores it
+        parameters["score_threshold"] = score_threshold
+    base = base_url.rstrip("/")
+    if protocol == "v1":
+        url = f"{base}/v1/models/{model_name}:predict"
+        body, headers = _v1(image, parameters)
+    else:
+        url = f"{base}/v2/models/{model_name}/infer"
+        body, headers = _v2(image, parameters)
+    if host:
+        headers["Host"] = host
+    response = _post(url, body, headers, timeout, retries)
     if response.status_code != 200:
         raise RemoteError(_failure(url, response, host), response.status_code)
     try:
-        rows = response.json()["predictions"][0]
-        found = [_row(row) for row in rows]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        answer = response.json()
+        rows = [_row(r) for r in answer["predictions"][0]] if protocol == "v1" else None
+        found = _columns(answer) if rows is None else None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RemoteError(
             f"{url} answered 200, but not with boxes: {response.text[:200]!r}", 200
         ) from error
+    if scene and protocol == "v1" and answer.get("scene") is not True:
+        raise RemoteError(
+            f"{url} took the scene for one picture, as TorchServe does: ask the "
+            "predictor, or slice it here with predict.predict_scene",
+            200,
+        )
+    if found is None:
+        found = _labelled(url, rows, class_names)
+    if score_threshold is not None:
+        keep = found["scores"] >= np.float32(score_threshold)
+        names = [name for name, k in zip(found["names"], keep, strict=True) if k]
+        found = {key: found[key][keep] for key in _OUTPUTS[:3]} | {"names": names}
+    return found
+
+
+def _v1(image: bytes | str | Path, parameters: dict) -> tuple[bytes, dict]:
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    body: dict = {"instances": [{"data": base64.b64encode(content).decode("ascii")}]}
+    if parameters:
+        body["parameters"] = parameters
+    return json.dumps(body).encode(), {"Content-Type": "application/json"}
+
+
+def _v2(image: bytes | str | Path, parameters: dict) -> tuple[_Pieces, dict]:
+    """The binary form of KServe's V2: a JSON head, then the tensor's bytes."""
+    size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [size]}
+    tensor["parameters"] = {"binary_data_size": size}
+    content: dict = {"inputs": [tensor]}
+    if parameters:
+        content["parameters"] = parameters
+    head = json.dumps(content).encode()
+    headers = {"Content-Type": "application/octet-stream"}
+    headers["Inference-Header-Content-Length"] = str(len(head))
+    return _Pieces(head, image, size), headers
+
+
+class _Pieces:
+    """A body of known length that is read anew for each attempt."""
+
+    def __init__(self, head: bytes, image: bytes | str | Path, size: int) -> None:
+        self.head, self.image, self.size = head, image, size
+
+    def __len__(self) -> int:
+        return len(self.head) + self.size
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.head
+        if isinstance(self.image, bytes):
+            yield self.image
+            return
+        with open(self.image, "rb") as file:
+            while piece := file.read(1 << 20):
+                yield piece
+
+
+def _post(
+    url: str, body: bytes | _Pieces, headers: dict, timeout: float, retries: int
+) -> requests.Response:
+    for attempt in range(retries + 1):
+        try:
+            response = requests.post(url, data=body, headers=headers, timeout=timeout)
+        except requests.Timeout as error:
+            raise RemoteError(f"{url} gave no answer in {timeout:g} s") from error
+        except _GONE as error:
+            raise RemoteError(_broken(url, error)) from error
+        if response.status_code not in _BUSY or attempt == retries:
+            return response
+        time.sleep(_pause(response, attempt))
+    raise AssertionError("unreachable")
+
+
+def _labelled(url: str, rows: list, class_names: Sequence[str] | None) -> dict:
+    """V1 tells names; here they get their labels."""
     names = list(class_names) if class_names is not None else _xview_names()
     label_of = {name: label for label, name in enumerate(names)}
-    unknown = sorted({name for name, _, _ in found} - set(label_of))
+    unknown = sorted({name for name, _, _ in rows} - set(label_of))
     if unknown:
         raise ValueError(f"{url} names classes that class_names lacks: {unknown}")
-    found = [row for row in found if row[2] >= score_threshold]
-    boxes = np.array([box for _, box, _ in found], dtype=np.float32)
+    boxes = np.array([box for _, box, _ in rows], dtype=np.float32)
     return {
         "boxes_xyxy": boxes.reshape(-1, 4),
-        "labels": np.array([label_of[name] for name, _, _ in found], dtype=np.int64),
-        "scores": np.array([score for _, _, score in found], dtype=np.float32),
-        "names": [name for name, _, _ in found],
+        "labels": np.array([label_of[name] for name, _, _ in rows], dtype=np.int64),
+        "scores": np.array([score for _, _, score in rows], dtype=np.float32),
+        "names": [name for name, _, _ in rows],
     }
+
+
+def _columns(answer: dict) -> dict:
+    """The four outputs of a V2 answer."""
+    data = {output["name"]: output["data"] for output in answer["outputs"]}
+    boxes, labels, scores, names = (data[name] for name in _OUTPUTS)
+    found = {
+        "boxes_xyxy": np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        "labels": np.array(labels, dtype=np.int64),
+        "scores": np.array(scores, dtype=np.float32),
+        "names": [str(name) for name in names],
+    }
+    if len({len(column) for column in found.values()}) != 1:
+        raise ValueError("columns of different lengths")
+    return found
 
 
 def _row(row: dict) -> tuple[str, list[float], float]:
@@ -108,6 +210,16 @@ def _row(row: dict) -> tuple[str, list[float], float]:
     ((name, box),) = [(k, v) for k, v in row.items() if k != "score"]
     x1, y1, x2, y2 = map(float, box)
     return name, [x1, y1, x2, y2], score
+
+
+def _broken(url: str, error: Exception) -> str:
+    text = str(error)
+    if "aborted" in text or "broken" in text or "reset" in text:
+        return (
+            f"the connection to {url} broke off before the answer: the server ended, "
+            "or refuses a body of this size"
+        )
+    return f"no connection to {url}: is the server, or the port-forward, running?"
 
 
 def _pause(response: requests.Response, attempt: int) -> float:
@@ -125,6 +237,7 @@ def _failure(url: str, response: requests.Response, host: str | None) -> str:
     hint = {
         404: f" (wrong model name, or the gateway does not know the host {host!r})",
         413: " (the picture is larger than the server's max_request_size)",
+        429: " (the server has more requests than it can queue: ask again later)",
         503: " (still starting, overloaded, or the request could not be parsed)",
     }.get(status, "")
     return f"{url} answered {status}: {reason[:500]}{hint}"

@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from servers import artefact, predicted, stripped, torchserved, tree  # noqa: F401
 
 NAMES = ["square", "bar", "dot"]
 

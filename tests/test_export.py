@@ -295,8 +295,11 @@ def test_index_to_name_is_the_class_table():
 
 @pytest.fixture(scope="module")
 def handler(mar, tmp_path_factory):
+    return start_handler(mar, tmp_path_factory.mktemp("unpacked"))
+
+
+def start_handler(mar, folder):
     """The handler in an unpacked archive, as a worker of TorchServe starts it."""
-    folder = tmp_path_factory.mktemp("unpacked")
     with zipfile.ZipFile(mar) as archive:
         archive.extractall(folder)
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
@@ -342,6 +345,12 @@ def test_the_handler_answers_what_local_prediction_answers(handler, stripped):
             strict=True,
         ):
             assert row == {meta["class_names"][label]: box, "score": score}
+
+
+def test_a_thin_first_picture_spoils_no_later_one(mar, handler, tmp_path):
+    fresh = start_handler(mar, tmp_path)
+    thin, tile = [instance(jpeg(40, 900))], [instance(jpeg())]
+    assert [fresh(thin), fresh(tile)] == [handler(thin), handler(tile)]
 
 
 def test_the_handler_takes_raw_bytes_broken_lines_and_other_formats(handler):

@@ -16,20 +16,42 @@ from serving import ROOT
 MANIFESTS = ROOT / "k8s_files"
 CRDS = ROOT.parent / "shared" / "schemas" / "kserve"
 INSTALL = ROOT / "kserve_utils" / "bash_scripts" / "kserve_install.sh"
-CORE = {"PersistentVolume", "PersistentVolumeClaim", "Pod"}
+CORE = {"PersistentVolume", "PersistentVolumeClaim", "Pod", "NetworkPolicy"}
+KSERVE = {"InferenceService", "ServingRuntime"}
 
 
-def read_all() -> dict[str, dict]:
-    """kind -> object, over all manifests."""
+def read_all() -> dict[tuple[str, str], dict]:
+    """(kind, name) -> object, over all manifests."""
     objects = {}
     for path in sorted(MANIFESTS.glob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
-            assert document["kind"] not in objects, "one of each, so far"
-            objects[document["kind"]] = document
+            key = document["kind"], document["metadata"]["name"]
+            assert key not in objects, f"{key} is there twice"
+            objects[key] = document
     return objects
 
 
 OBJECTS = read_all()
+CLAIM = OBJECTS["PersistentVolumeClaim", "task-pv-claim"]
+VOLUME = OBJECTS["PersistentVolume", "task-pv-volume"]
+# runtime of TorchServe and of our own predictor, each with its service
+PAIRS = {
+    "torchserve": ("xview-torchserve", "torchserve"),
+    "predictor": ("xview-predictor", "xview-predictor"),
+}
+
+
+def runtime_and_service(which: str) -> tuple[dict, dict]:
+    runtime, service = PAIRS[which]
+    return OBJECTS["ServingRuntime", runtime], OBJECTS["InferenceService", service]
+
+
+def of(kinds: set[str]) -> list:
+    return [
+        pytest.param(document, id="-".join(key))
+        for key, document in sorted(OBJECTS.items())
+        if key[0] in kinds
+    ]
 
 
 def strict(schema):
@@ -53,18 +75,17 @@ def crd_schema(kind: str) -> dict:
 
 
 def test_every_kind_is_checked_here():
-    assert set(OBJECTS) == CORE | {"ServingRuntime", "InferenceService"}
+    assert {kind for kind, _ in OBJECTS} == CORE | KSERVE
 
 
-@pytest.mark.parametrize("kind", sorted(CORE))
-def test_core_objects_are_valid_kubernetes(kind):
-    kubernetes_validate.validate(OBJECTS[kind], "1.32", strict=True)
+@pytest.mark.parametrize("document", of(CORE))
+def test_core_objects_are_valid_kubernetes(document):
+    kubernetes_validate.validate(document, "1.32", strict=True)
 
 
-@pytest.mark.parametrize("kind", ["InferenceService", "ServingRuntime"])
-def test_kserve_objects_are_valid_and_hold_no_unknown_field(kind):
-    crd = crd_schema(kind)
-    document = OBJECTS[kind]
+@pytest.mark.parametrize("document", of(KSERVE))
+def test_kserve_objects_are_valid_and_hold_no_unknown_field(document):
+    crd = crd_schema(document["kind"])
     assert document["apiVersion"] == f"{crd['group']}/{crd['version']}"
     # not jsonschema.validate, which first spends half a minute on the schema itself
     schema = jsonschema.Draft202012Validator(strict(crd["openAPIV3Schema"]))
@@ -77,8 +98,9 @@ def test_kserve_objects_are_valid_and_hold_no_unknown_field(kind):
         schema.validate(broken)
 
 
-def test_the_predictor_is_of_the_modern_form_and_its_mode_is_set():
-    service = OBJECTS["InferenceService"]
+@pytest.mark.parametrize("which", PAIRS)
+def test_the_service_is_of_the_modern_form_and_its_mode_is_set(which):
+    _, service = runtime_and_service(which)
     mode = service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"]
     assert mode == "Standard"
     predictor = service["spec"]["predictor"]
@@ -88,17 +110,19 @@ def test_the_predictor_is_of_the_modern_form_and_its_mode_is_set():
     assert not old & set(predictor)
 
 
-def test_the_objects_find_each_other():
-    claim = OBJECTS["PersistentVolumeClaim"]
-    name = claim["metadata"]["name"]
-    volume = OBJECTS["PersistentVolume"]["spec"]
+def test_the_volume_and_its_users_find_each_other():
     for key in ("storageClassName", "accessModes"):
-        assert claim["spec"][key] == volume[key]
-    (mounted,) = OBJECTS["Pod"]["spec"]["volumes"]
+        assert CLAIM["spec"][key] == VOLUME["spec"][key]
+    (mounted,) = OBJECTS["Pod", "model-store-pod"]["spec"]["volumes"]
+    name = CLAIM["metadata"]["name"]
     assert mounted["persistentVolumeClaim"]["claimName"] == name
-    model = OBJECTS["InferenceService"]["spec"]["predictor"]["model"]
-    assert model["storageUri"] == f"pvc://{name}/"
-    runtime = OBJECTS["ServingRuntime"]
+
+
+@pytest.mark.parametrize("which", PAIRS)
+def test_a_service_finds_its_runtime_and_the_claim(which):
+    runtime, service = runtime_and_service(which)
+    model = service["spec"]["predictor"]["model"]
+    assert model["storageUri"].startswith(f"pvc://{CLAIM['metadata']['name']}/")
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     formats = [f["name"] for f in runtime["spec"]["supportedModelFormats"]]
@@ -106,7 +130,7 @@ def test_the_objects_find_each_other():
 
 
 def test_our_runtime_does_not_rely_on_what_the_controller_injects():
-    runtime = OBJECTS["ServingRuntime"]
+    runtime, _ = runtime_and_service("torchserve")
     (container,) = runtime["spec"]["containers"]
     env = {row["name"]: row["value"] for row in container["env"]}
     assert env["TS_SERVICE_ENVELOPE"] == "kserve" and env["PROTOCOL_VERSION"] == "v1"
@@ -118,18 +142,129 @@ def test_our_runtime_does_not_rely_on_what_the_controller_injects():
     assert runtime["spec"]["annotations"]["prometheus.kserve.io/port"] == metrics
 
 
+def predictor_container() -> dict:
+    runtime, _ = runtime_and_service("predictor")
+    (container,) = runtime["spec"]["containers"]
+    return container
+
+
+def predictor_arguments():
+    """The manifest's arguments as the predictor itself reads them."""
+    from kserve_utils.predictor.__main__ import parse
+
+    return parse(predictor_container()["args"])
+
+
+def test_the_predictor_takes_the_arguments_of_its_manifest():
+    arguments, container = predictor_arguments(), predictor_container()
+    assert str(arguments.model_dir) == "/mnt/models"  # where KServe mounts storageUri
+    ports = {row["name"]: row["containerPort"] for row in container["ports"]}
+    assert ports == {"http1": arguments.http_port, "grpc": arguments.grpc_port}
+    used = arguments.threads * arguments.at_once
+    assert str(used) == container["resources"]["limits"]["cpu"]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    runtime, _ = runtime_and_service("predictor")
+    metrics = runtime["spec"]["annotations"]["prometheus.kserve.io/port"]
+    assert int(metrics) == arguments.http_port
+
+
+def test_the_predictor_has_the_time_to_drain():
+    arguments = predictor_arguments()
+    _, service = runtime_and_service("predictor")
+    given = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    assert given >= arguments.drain_delay + arguments.grace_period + 5
+
+
+def test_the_predictor_is_probed_by_what_tells_starting_ready_and_alive_apart():
+    container, port = predictor_container(), predictor_arguments().http_port
+    paths = {
+        kind: container[f"{kind}Probe"]["httpGet"]
+        for kind in ("startup", "readiness", "liveness")
+    }
+    assert all(probe["port"] == port for probe in paths.values())
+    assert paths["startup"]["path"] == paths["readiness"]["path"] == "/v2/health/ready"
+    assert paths["liveness"]["path"] == "/v2/health/live"
+    start = container["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] >= 120
+
+
+def test_the_predictor_may_do_little_in_its_pod():
+    container = predictor_container()
+    rights = container["securityContext"]
+    assert rights["runAsNonRoot"] and rights["readOnlyRootFilesystem"]
+    assert not rights["privileged"] and not rights["allowPrivilegeEscalation"]
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+    runtime, service = runtime_and_service("predictor")
+    (volume,) = runtime["spec"]["volumes"]
+    (mount,) = container["volumeMounts"]
+    assert (mount["name"], mount["mountPath"]) == (volume["name"], "/tmp")
+    assert volume["emptyDir"]["sizeLimit"]
+    assert service["spec"]["predictor"]["automountServiceAccountToken"] is False
+    image = ROOT / "kserve_utils/predictor/Containerfile"
+    user = re.search(r"^USER (\d+):(\d+)$", image.read_text(), re.M)
+    assert [int(n) for n in user.groups()] == [
+        rights["runAsUser"],
+        rights["runAsGroup"],
+    ]
+
+
+def test_the_predictor_scales_by_a_metric_between_bounds():
+    _, service = runtime_and_service("predictor")
+    predictor = service["spec"]["predictor"]
+    assert 1 <= predictor["minReplicas"] < predictor["maxReplicas"]
+    assert predictor["scaleMetric"] == "cpu" and 0 < predictor["scaleTarget"] <= 100
+    annotations = service["metadata"]["annotations"]
+    assert annotations["serving.kserve.io/autoscalerClass"] == "hpa"
+
+
+def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns():
+    policy = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
+    _, service = runtime_and_service("predictor")
+    (label,) = policy["podSelector"]["matchLabels"].items()
+    name = service["metadata"]["name"]
+    assert label == ("serving.kserve.io/inferenceservice", name)
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    # a rule without a selector, or with an empty one, would let everyone in
+    for rule in policy["ingress"] + policy["egress"]:
+        (peer,) = rule.get("from") or rule["to"]
+        assert set(peer) == {"namespaceSelector", "podSelector"}
+        assert all(selector["matchLabels"] for selector in peer.values())
+        assert rule["ports"]
+    gateway, prometheus = policy["ingress"]
+    arguments = predictor_arguments()
+    opened = [row["port"] for row in gateway["ports"]]
+    assert opened == [arguments.http_port, arguments.grpc_port]
+    assert [row["port"] for row in prometheus["ports"]] == [arguments.http_port]
+    (egress,) = policy["egress"]
+    assert {(r["protocol"], r["port"]) for r in egress["ports"]} == {
+        ("UDP", 53),
+        ("TCP", 53),
+    }
+    # the namespace and the Gateway that the install script makes
+    script = INSTALL.read_text()
+    (from_,) = gateway["from"]
+    space = from_["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert f"--namespace {space}" in script
+    (owner,) = from_["podSelector"]["matchLabels"].values()
+    assert re.search(rf"kind: Gateway\nmetadata:\n  name: {owner}\n", script)
+
+
 def test_images_are_pinned_and_quantities_are_quantities():
     quantity = re.compile(r"(\d+(\.\d+)?)(m|[KMGT]i)?")
-    for kind in ("Pod", "ServingRuntime"):
-        for container in OBJECTS[kind]["spec"]["containers"]:
-            assert re.search(r":\d", container["image"]), container["image"]
+    for (kind, _), document in OBJECTS.items():
+        for container in document["spec"].get("containers", []):
+            assert re.search(r":\d", container["image"]), (kind, container["image"])
             for values in container["resources"].values():
                 assert all(quantity.fullmatch(str(v)) for v in values.values())
     sizes = [
-        OBJECTS["PersistentVolume"]["spec"]["capacity"]["storage"],
-        OBJECTS["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"],
+        VOLUME["spec"]["capacity"]["storage"],
+        CLAIM["spec"]["resources"]["requests"]["storage"],
     ]
     assert all(quantity.fullmatch(size) for size in sizes)
+
+
+def test_the_image_of_the_predictor_cannot_be_pulled_by_accident():
+    assert predictor_container()["image"].startswith("localhost/")
 
 
 def test_no_path_of_an_account_is_in_a_manifest():

@@ -2,94 +2,36 @@
 
 import base64
 import http.server
-import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import requests
-import torch
-from PIL import Image
-from serving import NAMES, ROOT, checkpoint, decode, jpeg
+from servers import (
+    MODEL,
+    gone,
+    listening,
+    processes_of,
+    serving_folders,
+    serving_processes,
+)
+from serving import NAMES, ROOT, decode, jpeg
 
-from e2e_utils import export
 from e2e_utils.client import RemoteError, predict_remote
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils.torchserve_utils.local import torchserve
 
-MODEL = "xview-fasterrcnn"
 
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A model store of an untrained detector (see serving.py)."""
-    folder = tmp_path_factory.mktemp("served")
-    torch.save(checkpoint(), folder / "best.pt")
-    stripped = export.strip_checkpoint(folder / "best.pt", folder / "stripped.pth")
-    return export.write_model_store(
-        export.write_mar(stripped, folder), folder / "store"
-    )
-
-
-def serving_processes() -> set[int]:
-    """Every launcher, Java and worker on this machine that `torchserve` started."""
-    prefix, found = os.path.join(tempfile.gettempdir(), "torchserve-"), set()
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEMP", "").startswith(prefix):
-                found.add(process.pid)
-        except psutil.Error:
-            continue
-    return found
-
-
-def serving_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("torchserve-*"))
-
-
-def gone(pids: set[int], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not any(map(alive, pids))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def instance(content: bytes) -> dict:
-    return {"instances": [{"data": base64.b64encode(content).decode()}]}
-
-
-def bomb() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (12_000, 12_000)).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def server(tree):
-    before = serving_processes()
-    with torchserve(tree) as base_url:
-        yield base_url
-        mine = serving_processes() - before
-        assert len(mine) >= 3  # launcher, Java, worker
-    assert gone(mine)
+@pytest.fixture
+def server(torchserved):
+    return torchserved
 
 
 @pytest.mark.slow
@@ -120,34 +62,6 @@ def test_the_client_takes_a_path_and_a_threshold(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({"instances": [{"data": "%%%"}]}, 400, "not base64"),
-        (instance(b"hello world"), 400, "not a picture"),
-        (instance(jpeg()[:2000]), 400, "cut short"),
-        (instance(bomb()), 400, "12000 x 12000"),
-        ({"instances": [{"image": "x"}]}, 400, 'needs the key "data"'),
-        ({"data": "x"}, 400, 'no "instances"'),
-        (instance(b"0" * 37_000_000), 400, "37000000 bytes that are not a picture"),
-        (instance(b"0" * 52_000_000), 413, ""),
-        (b"", 503, "Prediction failed"),
-        (b"not json", 503, "Prediction failed"),
-    ],
-    ids=lambda value: "",
-)
-def test_bad_input_has_its_status_and_the_server_stays(server, body, status, message):
-    url = f"{server}/v1/models/{MODEL}:predict"
-    headers = {"Content-Type": "application/json"}
-    data = body if isinstance(body, bytes) else json.dumps(body)
-    answer = requests.post(url, data=data, headers=headers, timeout=60)
-    assert answer.status_code == status
-    if message:
-        assert message in answer.json()["message"]
-    assert len(predict_remote(server, jpeg())["scores"]) > 10
-
-
-@pytest.mark.slow
 def test_errors_of_the_server_reach_the_caller_with_their_reason(server):
     with pytest.raises(RemoteError, match="answered 400: instance 0: 5 bytes") as error:
         predict_remote(server, b"hello")
@@ -160,12 +74,14 @@ def test_errors_of_the_server_reach_the_caller_with_their_reason(server):
 
 @pytest.mark.slow
 def test_only_loopback_listens_and_management_is_not_the_inference_port(server):
-    ports = set()
-    for process in map(psutil.Process, serving_processes()):
-        for connection in process.net_connections(kind="tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                assert connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1", "::1")
-                ports.add(connection.laddr.port)
+    mine = processes_of(server)
+    addresses = [address for pid, address in listening() if pid in mine]
+    assert {address.ip for address in addresses} <= {
+        "127.0.0.1",
+        "::ffff:127.0.0.1",
+        "::1",
+    }
+    ports = {address.port for address in addresses}
     assert len(ports) >= 3
     assert requests.get(f"{server}/models", timeout=30).status_code != 200
 

@@ -52,6 +52,11 @@ class FasterRCNNHandler(BaseHandler):
             description = json.load(file)
         self.score_threshold = description["score_threshold"]
         self.max_pixels = description["max_pixels"]
+        # torchvision's pooling of regions takes the scales of the feature maps from
+        # the first picture, and from a very thin one it takes wrong ones, for good
+        size = description["tile_size"]
+        with torch.inference_mode():
+            self.model([torch.zeros(3, size, size, device=self.device)])
 
     def _load_pickled_model(self, model_dir, model_file, model_pt_path):
         """As BaseHandler's, but the weights are read as data only."""

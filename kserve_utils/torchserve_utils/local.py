@@ -69,7 +69,7 @@ def torchserve(
     models = json.loads(settings["model_snapshot"])["models"]
     java_home = _java_home()
     work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
-    ports = _free_ports(5)
+    ports = free_ports(5)
     local = {
         "inference_address": f"http://127.0.0.1:{ports[0]}",
         "management_address": f"http://127.0.0.1:{ports[1]}",
@@ -81,7 +81,6 @@ def torchserve(
     replaced = [line for line in text.splitlines() if line.split("=")[0] not in local]
     replaced += [f"{key}={value}" for key, value in local.items()]
     (work / "config.properties").write_text("\n".join(replaced) + "\n")
-    log = work / "torchserve.log"
     environment = {
         **os.environ,
         "JAVA_HOME": java_home,
@@ -96,6 +95,25 @@ def torchserve(
     environment.pop("TS_CONFIG_FILE", None)  # would win over --ts-config
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
     command += ["--ts-config", str(work / "config.properties")]
+    with server_process(command, environment, work) as (server, log):
+        _wait_ready(local["management_address"], models, server, log, ready_timeout)
+        yield local["inference_address"]
+
+
+@contextlib.contextmanager
+def server_process(
+    command: list[str], environment: dict[str, str], work: Path
+) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """Run a server until the block ends, or this process does, in whatever way.
+
+    Args:
+        command, environment: of the server, which becomes a process group of its own.
+        work: its folder, which goes with it; the log is written there.
+
+    Yields:
+        The process and the path of its log.
+    """
+    log = work / "server.log"
     server = guard = None
     try:
         with log.open("wb") as output:
@@ -113,8 +131,7 @@ def torchserve(
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        _wait_ready(local["management_address"], models, server, log, ready_timeout)
-        yield local["inference_address"]
+        yield server, log
     finally:
         if server:
             _end(server)
@@ -159,7 +176,8 @@ def _java_home() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -188,18 +206,19 @@ def _wait_ready(
             return
         text = log.read_text(errors="replace")
         if server.poll() is not None:
-            raise RuntimeError(f"TorchServe ended by itself:\n{_tail(text)}")
+            raise RuntimeError(f"TorchServe ended by itself:\n{tail(text)}")
         if "Load model failed" in text:
-            raise RuntimeError(f"the worker did not load the model:\n{_tail(text)}")
+            raise RuntimeError(f"the worker did not load the model:\n{tail(text)}")
         if time.monotonic() > end:
             raise RuntimeError(
                 f"{', '.join(sorted(waiting))} not ready after {timeout:g} s:\n"
-                f"{_tail(text)}"
+                f"{tail(text)}"
             )
         time.sleep(0.25)
 
 
-def _tail(text: str, lines: int = 30) -> str:
+def tail(text: str, lines: int = 30) -> str:
+    """The end of a server's log, without what it says of each request."""
     noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
     told = [line for line in text.splitlines() if not any(n in line for n in noise)]
     return "\n".join(told[-lines:])

@@ -1,0 +1,113 @@
+"""Bytes of a picture file to pixels, with the checks and words of the TorchServe
+handler, so that both servers refuse the same pictures for the same reasons.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from e2e_utils.scenes import TIFF_MAGIC, read_bands
+from kserve_utils.predictor.refusal import bad
+
+MAX_SIDE = 100_000  # a scene of 1 x 2,000,000,000 px would be millions of tiles
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def check_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
+    """Read the header of a picture file, none of its pixels.
+
+    Args:
+        content: a JPEG, PNG or TIFF file.
+        max_pixels: width x height that is still taken.
+        where: what the reason begins with, such as "instance 0".
+
+    Raises:
+        Refusal: 400, not a picture, too large, or not 8 bits a channel.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content))
+    except _UNREADABLE as error:
+        raise bad(f"{where}: {len(content)} bytes that are not a picture") from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise bad(
+            f"{where}: the picture has {width} x {height} pixels, at most {max_pixels} "
+            "are taken: send tiles of it, or the parameter scene"
+        )
+    if picture.mode.startswith(("I", "F")):
+        raise bad(f"{where}: mode {picture.mode}: send 8 bits a channel")
+    return picture
+
+
+def decode(content: bytes, max_pixels: int, where: str) -> np.ndarray:
+    """Pixels of a picture file, uint8 (H, W, 3), RGB; raises as `check_picture`."""
+    picture = check_picture(content, max_pixels, where)
+    try:
+        return np.array(picture.convert("RGB"))
+    except _UNREADABLE as error:
+        raise bad(f"{where}: the picture is damaged or cut short: {error}") from error
+
+
+def check_scene(path: Path, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a scene's file, read from its header.
+
+    Args:
+        path: a TIFF, PNG or JPEG.
+        max_pixels: of a file that is decoded whole. An uncompressed TIFF, bands last,
+            is read by windows: its memory does not grow with its size.
+
+    Raises:
+        Refusal: 400, not a scene, or too large; never with the path.
+    """
+    try:
+        with open(path, "rb") as file:
+            tiff = file.read(4).startswith(TIFF_MAGIC)
+        if tiff:
+            height, width = read_bands(path, header_only=True)
+        else:
+            with Image.open(path) as picture:
+                width, height = picture.size
+        windows = tiff and _by_windows(path)
+    except _UNREADABLE as error:
+        raise bad(f"scene: {_without(path, error)}") from error
+    if max(height, width) > MAX_SIDE:
+        raise bad(f"scene: {width} x {height} pixels, a side is at most {MAX_SIDE}")
+    if not windows and height * width > max_pixels:
+        raise bad(
+            f"scene: {width} x {height} pixels, at most {max_pixels} are decoded "
+            "whole: send it as an uncompressed TIFF, which is read by windows"
+        )
+    return height, width
+
+
+def _by_windows(path: Path) -> bool:
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        bands_first = page.ndim == 3 and page.planarconfig == 2
+        return page.is_memmappable and not bands_first
+
+
+def scene_error(path: Path, error: Exception) -> Exception:
+    """What a scene that cannot be read is refused with: 400, without its path."""
+    return bad(f"scene: {_without(path, error)}")
+
+
+def _without(path: Path, error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"{path.stat().st_size} bytes that are no TIFF, PNG or JPEG"
+    return str(error).replace(f"{path}: ", "").replace(f"'{path}'", "the file")

@@ -1,0 +1,212 @@
+"""The client's V2 form, scenes and errors, against a stand-in for a server.
+
+V1 and the retries are in test_torchserve.py; a real predictor is asked in the tests of
+the predictor.
+"""
+
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+from serving import NAMES, jpeg
+
+from e2e_utils.client import RemoteError, predict_remote
+
+FOUND = {
+    "boxes_xyxy": [1.5, 2, 3, 4, 5, 6, 7, 8],
+    "labels": [18, 3],
+    "scores": [0.75, 0.5],
+    "names": ["any name", "another"],
+}
+TYPES = {"boxes_xyxy": "FP32", "labels": "INT64", "scores": "FP32", "names": "BYTES"}
+
+
+def v2(**columns) -> str:
+    outputs = [
+        {"name": name, "datatype": TYPES[name], "shape": [len(data)], "data": data}
+        for name, data in {**FOUND, **columns}.items()
+        if data is not None
+    ]
+    return json.dumps({"model_name": "xview-fasterrcnn", "outputs": outputs})
+
+
+@pytest.fixture
+def double():
+    """A stand-in for a model server: keeps what comes, answers what a test says."""
+    seen, answers = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, dict(self.headers), body))
+            status, headers, content = answers[min(len(seen), len(answers)) - 1]
+            if status is None:
+                return  # hang up without an answer
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", seen, answers
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def head_and_tail(request) -> tuple[dict, bytes]:
+    _, headers, body = request
+    cut = int(headers["Inference-Header-Content-Length"])
+    return json.loads(body[:cut]), body[cut:]
+
+
+@pytest.mark.parametrize("form", ["bytes", "path"])
+def test_a_v2_request_is_a_json_head_and_the_bytes_of_the_file(double, tmp_path, form):
+    url, seen, answers = double
+    answers.append((200, {}, v2()))
+    (tmp_path / "tile.jpg").write_bytes(jpeg())
+    image = jpeg() if form == "bytes" else str(tmp_path / "tile.jpg")
+    host = "xview-predictor-default.example.com"
+    found = predict_remote(url, image, "m", host=host, protocol="v2")
+    path, headers, _ = seen[0]
+    assert path == "/v2/models/m/infer" and headers["Host"] == host
+    assert headers["Content-Type"] == "application/octet-stream"
+    head, tail = head_and_tail(seen[0])
+    size = len(jpeg())
+    assert tail == jpeg()
+    assert head == {
+        "inputs": [
+            {
+                "name": "image",
+                "datatype": "UINT8",
+                "shape": [size],
+                "parameters": {"binary_data_size": size},
+            }
+        ]
+    }
+    assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4], [5, 6, 7, 8]]
+    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
+    assert found["labels"].tolist() == [18, 3] and found["labels"].dtype == np.int64
+    assert found["scores"].tolist() == [0.75, 0.5]
+    assert found["names"] == ["any name", "another"]  # no class table is needed
+
+
+def test_kserves_own_parser_reads_the_v2_request(double):
+    """The SDK is the oracle of the binary form."""
+    from kserve import InferRequest
+
+    url, seen, answers = double
+    answers.append((200, {}, v2()))
+    predict_remote(url, jpeg(), protocol="v2", scene=True)
+    _, headers, body = seen[0]
+    request = InferRequest.from_bytes(
+        body, int(headers["Inference-Header-Content-Length"]), "m"
+    )
+    (tensor,) = request.inputs
+    assert (tensor.name, tensor.datatype) == ("image", "UINT8")
+    assert tensor.as_numpy().tobytes() == jpeg()
+    assert request.parameters["scene"] is True
+
+
+def test_a_scene_and_a_threshold_are_parameters_of_the_request(double):
+    url, seen, answers = double
+    answers.append((200, {}, v2()))
+    found = predict_remote(url, jpeg(), protocol="v2", scene=True, score_threshold=0.6)
+    head, _ = head_and_tail(seen[0])
+    assert head["parameters"] == {"scene": True, "score_threshold": 0.6}
+    assert found["names"] == ["any name"]  # dropped here if a server does not
+    assert found["boxes_xyxy"].shape == (1, 4)
+    answers[0] = (200, {}, '{"predictions": [[]], "scene": true}')
+    found = predict_remote(url, jpeg(), scene=True)
+    assert found["boxes_xyxy"].shape == (0, 4)
+    assert json.loads(seen[1][2])["parameters"] == {"scene": True}
+    predict_remote(url, jpeg(), score_threshold=0.3)
+    assert set(json.loads(seen[2][2])) == {"instances"}  # as TorchServe knows it
+
+
+def test_a_server_that_does_not_slice_scenes_is_an_error(double):
+    url, _, answers = double
+    answers.append((200, {}, '{"predictions": [[]]}'))
+    with pytest.raises(RemoteError, match="took the scene for one picture, as Torch"):
+        predict_remote(url, jpeg(), scene=True)
+
+
+@pytest.mark.parametrize("busy", [503, 429])
+def test_a_busy_server_gets_the_whole_body_again(double, busy, tmp_path):
+    url, seen, answers = double
+    (tmp_path / "tile.jpg").write_bytes(jpeg())
+    answers += [(busy, {"Retry-After": "0"}, "busy"), (200, {}, v2())]
+    predict_remote(url, tmp_path / "tile.jpg", protocol="v2")
+    assert len(seen) == 2 and seen[0][2] == seen[1][2]
+    assert head_and_tail(seen[1])[1] == jpeg()
+
+
+def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
+    url, _, answers = double
+    waits = []
+    monkeypatch.setattr("e2e_utils.client.time.sleep", waits.append)
+    answers += [(429, {"Retry-After": "7"}, ""), (503, {}, ""), (503, {}, "")]
+    answers += [(503, {"Retry-After": "3600"}, ""), (200, {}, v2())]
+    predict_remote(url, jpeg(), protocol="v2", retries=4)
+    assert waits == [7, 1, 2, 30]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((400, {}, '{"error": "input image: cut short"}'), "400: input image: cut sh"),
+        ((500, {}, '{"error": "inside"}'), "answered 500: inside"),
+        ((404, {}, '{"error": "no model m"}'), "404: no model m .wrong model name"),
+        ((413, {}, '{"error": "65 MiB"}'), "413: 65 MiB .the picture is larger"),
+        ((429, {}, '{"error": "full"}'), "429: full .the server has more requests"),
+        ((405, {}, ""), "answered 405: Method Not Allowed"),
+        ((None, {}, ""), "broke off before the answer"),
+        ((200, {}, "<html>"), "not with boxes: '<html>'"),
+        ((200, {}, "[]"), "not with boxes"),
+        ((200, {}, '{"outputs": []}'), "not with boxes"),
+        ((200, {}, v2(scores=None)), "not with boxes"),
+        ((200, {}, v2(scores=[0.5])), "not with boxes"),
+        ((200, {}, v2(boxes_xyxy=[1, 2, 3])), "not with boxes"),
+        ((200, {}, v2(labels=["car", "bus"])), "not with boxes"),
+    ],
+    ids=lambda value: "",
+)
+def test_every_failure_by_v2_says_what_the_server_said(double, answer, message):
+    url, _, answers = double
+    answers.append(answer)
+    with pytest.raises(RemoteError, match=message) as error:
+        predict_remote(url, jpeg(), protocol="v2", retries=0)
+    assert error.value.status == answer[0]
+
+
+def test_what_cannot_be_asked_is_an_error_before_asking(tmp_path):
+    url = "http://127.0.0.1:9"
+    with pytest.raises(ValueError, match="no protocol 'grpc'; valid: v1, v2"):
+        predict_remote(url, jpeg(), protocol="grpc")
+    with pytest.raises(ValueError, match="in 0..1, got 40"):
+        predict_remote(url, jpeg(), score_threshold=40)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        predict_remote(url, tmp_path / "absent.jpg", protocol="v2")
+    with pytest.raises(RemoteError, match="no connection to http://127.0.0.1:9/v2"):
+        predict_remote(url, jpeg(), protocol="v2")
+
+
+def test_labels_by_v2_are_those_of_v1(double):
+    url, _, answers = double
+    row = {NAMES[18]: [1.5, 2, 3, 4], "score": 0.75}
+    answers += [(200, {}, json.dumps({"predictions": [[row]]}))]
+    one = predict_remote(url, jpeg())
+    columns = {"boxes_xyxy": [1.5, 2, 3, 4], "labels": [18], "scores": [0.75]}
+    answers[0] = (200, {}, v2(**columns, names=[NAMES[18]]))
+    two = predict_remote(url, jpeg(), protocol="v2")
+    for key in ("boxes_xyxy", "labels", "scores"):
+        np.testing.assert_array_equal(one[key], two[key])
+    assert one["names"] == two["names"]

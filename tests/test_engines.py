@@ -1,0 +1,580 @@
+"""The served artefact: written whole or not at all, and engines that agree."""
+
+import builtins
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving import NAMES, ROOT, checkpoint, decode, jpeg
+
+from e2e_utils import engines, export
+from e2e_utils.models import build_model, model_from_checkpoint
+from e2e_utils.predict import predict_image, predict_scene
+from kserve_utils.predictor.approve_bf16 import approve_bf16
+
+OTHERS = ("openvino", "onnxruntime")
+SIZES = [(300, 300), (211, 157), (640, 480), (2, 2), (40, 900)]
+
+
+def strip(content: dict, path) -> object:
+    torch.save(content, path.with_suffix(".pt"))
+    return export.strip_checkpoint(path.with_suffix(".pt"), path)
+
+
+@pytest.fixture(scope="module")
+def stripped(tmp_path_factory):
+    return strip(checkpoint(), tmp_path_factory.mktemp("stripped") / "stripped.pth")
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    return [decode(jpeg(seed=seed)) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def plain(stripped, tiles, tmp_path_factory):
+    """An artefact for torch alone, which is written in a moment."""
+    folder = tmp_path_factory.mktemp("plain") / "artefact"
+    return engines.write_artefact(stripped, folder, ["torch"], tiles=tiles)
+
+
+@pytest.fixture(scope="module")
+def artefact(stripped, tiles, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "artefact"
+    return engines.write_artefact(stripped, folder, tiles=tiles)
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    """A copy of `plain` that a test may spoil."""
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    for path in plain.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def describe(folder, **changes):
+    content = json.loads((folder / "detector.json").read_text())
+    (folder / "detector.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.slow
+def test_the_artefact_holds_all_that_a_server_needs(artefact, stripped):
+    assert sorted(path.name for path in artefact.iterdir()) == [
+        "detector.json",
+        "model.bin",
+        "model.onnx",
+        "model.pth",
+        "model.xml",
+    ]
+    assert (artefact / "model.pth").read_bytes() == stripped.read_bytes()
+    description = json.loads((artefact / "detector.json").read_text())
+    meta = model_from_checkpoint(stripped)[1]
+    assert description.items() >= meta.items()
+    assert description["model_name"] == "xview-fasterrcnn"
+    assert description["max_pixels"] == 4096 * 4096
+    assert description["score_threshold"] == 0.0
+    assert description["engines"] == list(engines.ENGINES)
+    assert description["parity"]["torch"]["pictures"] == "tiles"
+    assert description["parity"]["torch"]["checked"] == 3  # and a crop of the first
+    for engine in OTHERS:
+        assert description["parity"][engine]["box_difference_px"] <= 0.05
+        assert description["parity"][engine]["score_difference"] <= 1e-4
+    for path in [artefact, *artefact.iterdir()]:  # a server runs as another user
+        assert path.stat().st_mode & stat.S_IROTH
+    # weights in half precision would move boxes
+    size = (artefact / "model.bin").stat().st_size
+    assert size > 0.9 * (artefact / "model.onnx").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_engine_gives_the_boxes_of_torch_on_any_size(artefact, engine, size):
+    module, meta = engines.load_engine(artefact, engine, threads=1)
+    assert (meta["engine"], meta["threads"]) == (engine, 1)
+    picture = decode(jpeg(*size, seed=7))
+    wanted = predict_image(engines.load_engine(artefact)[0], picture)
+    found = predict_image(module, picture)
+    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
+    assert found["labels"].dtype == np.int64
+    assert len(wanted["scores"]) == 40 and (np.diff(found["scores"]) <= 0).all()
+    same(wanted, found)
+
+
+def same(wanted: dict, found: dict) -> None:
+    """Equal boxes within the tolerances; near ties may come in another order."""
+    one, other = (
+        {
+            key: torch.as_tensor(value[name])
+            for key, name in (("boxes", "boxes_xyxy"), ("labels",) * 2, ("scores",) * 2)
+        }
+        for value in (wanted, found)
+    )
+    engines._compare("openvino", "fasterrcnn_small", [one], [other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+def test_a_scene_goes_through_every_engine(artefact, stripped, engine):
+    module, meta = engines.load_engine(artefact, engine, threads=1)
+    scene = decode(jpeg(500, 700, seed=3))
+    settings = {"size": meta["tile_size"], "overlap": meta["overlap"]}
+    settings |= {"score_threshold": 0.0}
+    wanted = predict_scene(model_from_checkpoint(stripped)[0], scene, **settings)
+    found = predict_scene(module, scene, **settings)
+    assert len(wanted["scores"]) > 50
+    same(wanted, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+def test_threads_that_ask_at_once_get_each_their_own_boxes(artefact, engine):
+    module, meta = engines.load_engine(artefact, engine, threads=1, at_once=2)
+    assert meta["threads"] == 1
+    pictures = [decode(jpeg(300, 200 + 40 * i, seed=i)) for i in range(4)]
+    alone = [predict_image(module, picture) for picture in pictures]
+    together = [[] for _ in pictures]
+
+    def ask(index):
+        for _ in range(3):
+            together[index].append(predict_image(module, pictures[index]))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(pictures))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, several in zip(alone, together, strict=True):
+        assert len(several) == 3
+        for found in several:
+            same(one, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+def test_a_picture_on_which_nothing_is_found_is_no_error(engine, tmp_path):
+    content = checkpoint()
+    path = strip(content, tmp_path / "stripped.pth")
+    shown = [decode(jpeg(seed=1)), np.full((300, 300, 3), 128, np.uint8)]
+    model = model_from_checkpoint(path)[0]
+    best = [predict_image(model, one)["scores"][0] for one in shown]
+    # one of the two pictures passes the threshold, the other does not
+    threshold = float(np.mean(best))
+    content["settings"] = {**content["settings"], "box_score_thresh": threshold}
+    path = strip(content, tmp_path / "strict.pth")
+    model = model_from_checkpoint(path)[0]
+    folder = engines.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
+    module, _ = engines.load_engine(folder, engine, threads=1)
+    counts = set()
+    for one in shown:
+        wanted, found = predict_image(model, one), predict_image(module, one)
+        same(wanted, found)
+        assert found["boxes_xyxy"].shape == wanted["boxes_xyxy"].shape
+        counts.add(len(found["scores"]) > 0)
+    assert counts == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+def test_a_picture_without_proposals_is_no_error(engine, tmp_path):
+    content = checkpoint()
+    model = model_from_checkpoint(strip(content, tmp_path / "stripped.pth"))[0]
+    shown = [decode(jpeg(seed=1)), np.full((300, 300, 3), 128, np.uint8)]
+    best = [objectness(model, one) for one in shown]
+    content["settings"] = {**content["settings"], "rpn_score_thresh": sum(best) / 2}
+    path = strip(content, tmp_path / "strict.pth")
+    folder = engines.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
+    module, _ = engines.load_engine(folder, engine, threads=1)
+    counts = {len(predict_image(module, one)["scores"]) > 0 for one in shown}
+    assert counts == {True, False}
+
+
+@torch.inference_mode()
+def objectness(model, picture) -> float:
+    """The highest score of any proposal on a picture, 0..1."""
+    features = model.backbone(model.transform([engines._tensor(picture)])[0].tensors)
+    logits, _ = model.rpn.head(list(features.values()))
+    return float(max(level.max() for level in logits).sigmoid())
+
+
+def test_torch_is_the_checkpoint_itself(plain, stripped):
+    module, meta = engines.load_engine(plain)
+    assert (meta["engine"], meta["precision"]) == ("torch", "fp32")
+    assert meta["class_names"] == NAMES and not module.training
+    model, _ = model_from_checkpoint(stripped)
+    wanted = predict_image(model, decode(jpeg()))
+    for key, value in predict_image(module, decode(jpeg())).items():
+        np.testing.assert_array_equal(value, wanted[key])
+
+
+def test_a_thin_first_picture_spoils_nothing(plain):
+    thin, tile = decode(jpeg(40, 900, seed=7)), decode(jpeg())
+    one, _ = engines.load_engine(plain)
+    other, _ = engines.load_engine(plain)
+    wanted = [predict_image(one, tile), predict_image(one, thin)]
+    found = [predict_image(other, thin), predict_image(other, tile)]
+    same(wanted[0], found[1])
+    same(wanted[1], found[0])
+
+
+def test_threads_are_set_for_torch(plain):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            _, meta = engines.load_engine(plain, threads=threads)
+            assert meta["threads"] == threads == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_tiles_parity_is_told_to_stand_on_noise(stripped, tmp_path):
+    folder = engines.write_artefact(stripped, tmp_path / "new", ["torch"])
+    assert engines.read_artefact(folder)["parity"]["torch"]["pictures"] == "noise"
+
+
+def listing(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.slow
+def test_an_engine_that_differs_is_an_error_and_nothing_is_written(
+    stripped, tiles, tmp_path, monkeypatch, engine
+):
+    make = engines._RUNNERS[engine]
+
+    def moved(*args):  # a test double: the engine's boxes, a tenth of a pixel off
+        run, threads = make(*args)
+        return lambda image: [run(image)[0] + 0.1, *run(image)[1:]], threads
+
+    monkeypatch.setitem(engines._RUNNERS, engine, moved)
+    wanted = rf"{engine} differs from torch on fasterrcnn_small, picture 0.*by 0\.1"
+    with pytest.raises(RuntimeError, match=wanted):
+        engines.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
+    assert listing(tmp_path) == []
+
+
+def found(boxes, scores, labels):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor(scores, dtype=torch.float32),
+        "labels": torch.tensor(labels),
+    }
+
+
+A, B = [1.0, 2.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0]
+EAGER = found([A, B], [0.5, 0.5], [1, 2])
+
+
+def test_boxes_of_equal_scores_may_change_places():
+    swapped = found([B, A], [0.5, 0.49999], [2, 1])
+    measured = engines._compare("openvino", "x", [EAGER], [swapped])
+    assert measured["box_difference_px"] == 0
+    assert 0 < measured["score_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (found([A], [0.5], [1]), "1 boxes instead of 2"),
+        (found([A, B], [0.5, 0.5], [1, 1]), "label 2 moves by inf"),
+        (found([A, A], [0.5, 0.5], [1, 2]), "label 2 moves by 58 px"),
+        (found([A, B], [0.5, 0.4998], [1, 2]), "0.0002 of its score"),
+        (found([A, B[:3] + [80.06]], [0.5, 0.5], [1, 2]), "by 0.06 px"),
+        (found([A, B[:3] + [np.nan]], [0.5, 0.5], [1, 2]), "by nan px"),
+    ],
+    ids=["count", "label", "twice", "score", "pixels", "nan"],
+)
+def test_what_parity_refuses(other, message):
+    with pytest.raises(RuntimeError, match=message):
+        engines._compare("openvino", "x", [EAGER], [other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_architecture_that_cannot_be_exported_is_an_error_with_the_reason(
+    stripped, tiles, tmp_path, monkeypatch, engine
+):
+    def refuse(*args, **kwargs):  # a test double of an exporter that gives up
+        raise RuntimeError("Exporting the operator 'aten::odd' is not supported")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(RuntimeError, match="cannot run fasterrcnn_small.*aten::odd"):
+        engines.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
+    assert listing(tmp_path) == []
+
+
+def test_an_older_artefact_is_replaced_and_anything_else_is_not(
+    stripped, tiles, tmp_path
+):
+    out = tmp_path / "artefact"
+    for name in ("first", "second"):
+        engines.write_artefact(stripped, out, ["torch"], tiles=tiles, model_name=name)
+        assert engines.read_artefact(out)["model_name"] == name
+    assert listing(tmp_path) == [
+        "artefact",
+        "artefact/detector.json",
+        "artefact/model.pth",
+    ]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("only copy")
+    for place in (foreign, foreign / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="no artefact: choose another"):
+            engines.write_artefact(stripped, place, ["torch"], tiles=tiles)
+    (foreign / "detector.json").write_text('{"architecture": "x"}')  # as in a .mar
+    with pytest.raises(FileExistsError, match="no artefact: choose another"):
+        engines.write_artefact(stripped, foreign, ["torch"], tiles=tiles)
+    assert (foreign / "thesis.txt").read_text() == "only copy"
+
+
+def test_what_cannot_be_an_artefact_is_refused(stripped, tiles, tmp_path):
+    def write(ckpt=stripped, **kwargs):
+        kwargs = {"engines": ["torch"], "tiles": tiles, **kwargs}
+        engines.write_artefact(ckpt, tmp_path / "new", **kwargs)
+
+    torch.save(checkpoint(), tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=r"best\.pt is not stripped .*strip_checkp"):
+        write(tmp_path / "best.pt")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth is not a readable"):
+        write(tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pth"):
+        write(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="no engine .'tensorrt'.; valid: torch, op"):
+        write(engines=["tensorrt"])
+    with pytest.raises(ValueError, match="in 0..1, got 40"):
+        write(score_threshold=40)
+    with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
+        write(max_pixels=0)
+    with pytest.raises(ValueError, match="tiles is empty"):
+        write(tiles=[])
+    with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\), got float32 \(4, 4, 3\)"):
+        write(tiles=[np.zeros((4, 4, 3), np.float32)])
+    content = checkpoint()
+    content["settings"] = {**content["settings"], "box_score_thresh": 0.99}
+    blind = strip(content, tmp_path / "blind.pth")
+    with pytest.raises(ValueError, match=r"blind\.pth finds no box on 2 tiles"):
+        write(blind)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_an_engine_without_its_library_names_it(
+    stripped, plain, tmp_path, monkeypatch, engine
+):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == engine:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(engines.importlib, "import_module", lambda name: without(name))
+    with pytest.raises(ImportError, match=f"{engine} needs the library {engine}"):
+        engines.write_artefact(stripped, tmp_path / "new", [engine])
+    assert listing(tmp_path) == []
+
+
+def test_what_load_engine_refuses(plain, tmp_path):
+    with pytest.raises(ValueError, match="no engine 'tensorrt'; valid: torch, openv"):
+        engines.load_engine(plain, "tensorrt")
+    with pytest.raises(ValueError, match="no precision 'int8'; valid: fp32, bf16"):
+        engines.load_engine(plain, precision="int8")
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        engines.load_engine(plain, threads=0)
+    with pytest.raises(ValueError, match="was written for torch, not for openvino"):
+        engines.load_engine(plain, "openvino")
+    with pytest.raises(FileNotFoundError, match="no artefact at .*absent"):
+        engines.load_engine(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is no artefact: it has no detector.json"):
+        engines.load_engine(tmp_path)
+
+
+def test_a_damaged_artefact_names_the_file(copy):
+    whole = (copy / "model.pth").read_bytes()
+    (copy / "model.pth").write_bytes(whole[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"model\.pth is damaged"):
+        engines.load_engine(copy)
+    (copy / "model.pth").unlink()
+    with pytest.raises(ValueError, match=r"is not whole: model\.pth is missing"):
+        engines.load_engine(copy)
+    describe(copy, class_names=None)
+    for text, reason in (("{", "is damaged"), ("3", "is damaged"), ("[]", "lacks")):
+        (copy / "detector.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"detector\.json .*{reason}"):
+            engines.load_engine(copy)
+
+
+def test_bf16_is_refused_until_it_is_approved(copy):
+    with pytest.raises(ValueError, match="bf16 is not approved for torch.*approve_bf1"):
+        engines.load_engine(copy, precision="bf16", emulate=True)
+    describe(copy, bf16={"torch": {"approved": False}})
+    with pytest.raises(ValueError, match="bf16 is not approved for torch"):
+        engines.load_engine(copy, precision="bf16", emulate=True)
+
+
+def test_bf16_is_refused_where_it_would_be_emulated(copy, monkeypatch):
+    describe(copy, bf16={"torch": {"approved": True}})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(RuntimeError, match="this CPU has no bf16.*take precision='fp3"):
+        engines.load_engine(copy, precision="bf16")
+    module, meta = engines.load_engine(copy, precision="bf16", emulate=True)
+    assert meta["precision"] == "bf16"
+    output = module([torch.rand(3, 120, 90)])[0]
+    assert output["boxes"].dtype == output["scores"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_onnxruntime_has_no_bf16_and_openvino_only_where_the_cpu_has(artefact):
+    with pytest.raises(RuntimeError, match="onnxruntime has no bf16"):
+        engines.load_engine(artefact, "onnxruntime", "bf16", approved_only=False)
+    import openvino
+
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" in able:
+        engines.load_engine(artefact, "openvino", "bf16", approved_only=False)
+    else:
+        with pytest.raises(RuntimeError, match="openvino: this CPU has no bf16"):
+            engines.load_engine(artefact, "openvino", "bf16", approved_only=False)
+
+
+@pytest.fixture
+def labelled(plain, tmp_path):
+    """Two tiles, labelled with what the detector itself finds on them in fp32."""
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    model, _ = engines.load_engine(plain)
+    names = [{"id": i, "name": name} for i, name in enumerate(NAMES[1:])]
+    coco = {"images": [], "annotations": [], "categories": names}
+    for index in (1, 2):
+        picture = decode(jpeg(seed=index))
+        Image.fromarray(picture).save(folder / f"{index}.png")
+        row = {"id": index, "file_name": f"{index}.png", "height": 300, "width": 300}
+        coco["images"].append(row)
+        boxes = predict_image(model, picture)
+        for box, label in zip(boxes["boxes_xyxy"], boxes["labels"], strict=True):
+            x1, y1, x2, y2 = map(float, box)
+            area = (x2 - x1) * (y2 - y1)
+            row = {"id": len(coco["annotations"]) + 1, "image_id": index}
+            row |= {"category_id": int(label) - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            coco["annotations"].append({**row, "area": area, "iscrowd": 0})
+    (tmp_path / "tiles.json").write_text(json.dumps(coco))
+    return tmp_path / "tiles.json", folder
+
+
+@pytest.mark.slow
+def test_approval_is_measured_on_labelled_tiles_and_remembered(copy, labelled):
+    outcome = approve_bf16(copy, "torch", *labelled, max_drop=1.0, emulate=True)
+    assert outcome["approved"] and outcome["tiles"] == 2
+    assert outcome["AP_fp32"] == pytest.approx(1.0)
+    assert outcome["drop"] == pytest.approx(outcome["AP_fp32"] - outcome["AP_bf16"])
+    assert engines.read_artefact(copy)["bf16"] == {"torch": outcome}
+    engines.load_engine(copy, precision="bf16", emulate=True)
+    assert {path.name for path in copy.iterdir()} == {"detector.json", "model.pth"}
+    # measured again with what it loses not allowed: the approval is taken back
+    outcome = approve_bf16(copy, "torch", *labelled, max_drop=-1.0, emulate=True)
+    assert not outcome["approved"]
+    with pytest.raises(ValueError, match="bf16 is not approved"):
+        engines.load_engine(copy, precision="bf16", emulate=True)
+
+
+def test_approval_refuses_tiles_that_tell_nothing(copy, labelled):
+    path, folder = labelled
+    coco = json.loads(path.read_text())
+    none = {**coco, "annotations": []}
+    path.write_text(json.dumps(none))
+    with pytest.raises(ValueError, match="is None: it tells nothing of bf16"):
+        approve_bf16(copy, "torch", path, folder, emulate=True)
+    few = {**coco, "annotations": [], "categories": coco["categories"][:3]}
+    path.write_text(json.dumps(few))
+    with pytest.raises(ValueError, match="3 categories that are not the 60 classes"):
+        approve_bf16(copy, "torch", path, folder, emulate=True)
+    assert "bf16" not in engines.read_artefact(copy)
+
+
+def test_tiles_are_read_evenly_over_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no pictures in"):
+        engines.read_tiles(tmp_path)
+    for index in range(5):
+        shade = np.full((4, 6, 3), index, np.uint8)
+        Image.fromarray(shade).save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    shades = [tile[0, 0, 0] for tile in engines.read_tiles(tmp_path, 3)]
+    assert shades == [0, 1, 3]
+    assert len(engines.read_tiles(tmp_path)) == 5
+
+
+@pytest.mark.slow
+def test_the_command_writes_an_artefact_and_tells_what_it_measured(stripped, tmp_path):
+    (tmp_path / "tile.jpg").write_bytes(jpeg())
+    command = [sys.executable, "-m", "e2e_utils.engines", "--stripped-ckpt"]
+    command += [str(stripped), "--out-dir", str(tmp_path / "new")]
+    command += ["--tiles-dir", str(tmp_path), "--engines", "torch", "openvino"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "openvino: box_difference_px" in done.stdout
+    assert set(engines.read_artefact(tmp_path / "new")["files"]) == {
+        "model.pth",
+        "model.xml",
+        "model.bin",
+    }
+
+
+def architecture(name: str) -> dict:
+    """A checkpoint with random weights whose scores differ from place to place.
+
+    Scores that are all the same would leave the order of boxes to chance.
+    """
+    torch.manual_seed(0)
+    settings = {} if name.startswith("ssd") else {"min_size": 160, "max_size": 200}
+    model = build_model(name, 5, **settings)
+    if name.startswith("ssdlite"):  # keep a signal alive through its random layers
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        model.backbone(torch.rand(4, 3, 320, 320))
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.box_predictor.cls_score.bias.data[0] = 1.2
+    else:
+        settings["score_thresh"] = 0.0
+    return {
+        "model": model.state_dict(),
+        "architecture": name,
+        "settings": settings,
+        "class_names": NAMES[:5],
+    }
+
+
+FAMILIES = (
+    "fasterrcnn_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "ssdlite320_mobilenet_v3_large",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_are_exported_too(name, tmp_path):
+    path = strip(architecture(name), tmp_path / "stripped.pth")
+    pictures = [decode(jpeg(160, 160, seed=1)), decode(jpeg(200, 130, seed=2))]
+    folder = engines.write_artefact(path, tmp_path / "artefact", tiles=pictures)
+    assert engines.read_artefact(folder)["parity"]["torch"]["boxes"] > 20
