@@ -62,11 +62,8 @@ def loop_config(
         output_dir: of `fit`.
 
     Raises:
-        ValueError: init_checkpoint, of which `fit` has no counterpart, or slots that do
-            not divide global_batch_size.
+        ValueError: slots that do not divide global_batch_size.
     """
-    if "init_checkpoint" in hparams:
-        raise ValueError("core_api.py does not know init_checkpoint: train.py reads it")
     batch_size, rest = divmod(hparams["global_batch_size"], slots)
     if rest:
         raise ValueError(
@@ -197,8 +194,8 @@ def _restore(core_context: core.Context, checkpoint: Path, output: Path) -> None
             raise ValueError(
                 f"trial {trial_id} was told to begin at the checkpoint "
                 f"{checkpoint.name} of trial {written_by}; core_api.py continues a "
-                "trial and forks none. To start from its weights give its last.pt to "
-                "train.py as init_checkpoint."
+                "trial and forks none. To start from its weights give its last.pt as "
+                "init_checkpoint."
             )
     if core_context.distributed.local_rank == 0:
         output.mkdir(parents=True, exist_ok=True)

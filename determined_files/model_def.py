@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.models import build_model, model_from_checkpoint, resolved_settings
+from e2e_utils.models import build_model, resolved_settings, start_from
 from e2e_utils.train import (
     amp_dtype,
     forward_losses,
@@ -183,7 +183,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             )
         self.epoch = max(1, len(self.train_set) // hparams["global_batch_size"])
         self.dtype = amp_dtype(config.amp, context.device)
-        self.model = self._build(hparams.get("init_checkpoint"))
+        self.model = self._build()
         self.wrapped = context.wrap_model(self.model)
         self.optimizer = context.wrap_optimizer(make_optimizer(self.model, config))
         # TrainConfig counts the steps of "multistep" in epochs: make one batch an epoch
@@ -209,7 +209,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         self.context.distributed.broadcast_local(None)  # wait for whoever fetches
         return path
 
-    def _build(self, init_checkpoint: str | None) -> nn.Module:
+    def _build(self) -> nn.Module:
         config = self.config
         torch.manual_seed(config.seed)
         model = build_model(
@@ -219,18 +219,10 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             config.weights_backbone,
             **config.settings,
         )
-        if init_checkpoint:
-            learned, meta = model_from_checkpoint(init_checkpoint)
-            for key, wanted in (
-                ("architecture", config.model),
-                ("class_names", self.train_set.class_names),
-            ):
-                if meta[key] != wanted:
-                    raise ValueError(
-                        f"init_checkpoint {init_checkpoint} holds {key} "
-                        f"{str(meta[key])[:80]}, the trial wants {str(wanted)[:80]}"
-                    )
-            model.load_state_dict(learned.state_dict())
+        if config.init_checkpoint:
+            start_from(
+                model, config.init_checkpoint, config.model, self.train_set.class_names
+            )
         return model.to(memory_format=memory_format(self.dtype))
 
     def describe(self) -> dict:

@@ -14,7 +14,6 @@ Hyperparameters are the fields of `e2e_utils.train.TrainConfig` that say how to 
     backend               where the tiles are: local, fake, aws or gcs
     data_dir              a folder, or the s3:// or gs:// URL of one
     cache_dir             where aws and gcs put the tiles, on each machine
-    init_checkpoint       a checkpoint of e2e_utils.train whose weights to start from
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _NOT_HERE |= {"aspect_ratio_group_factor"}
 _TRAIN_KEYS = {f.name for f in fields(TrainConfig)} - _NOT_HERE - {"device"}
 _REQUIRED = {"global_batch_size", "max_batches", "backend"}
 _OPTIONAL = {"validation_batches", "checkpoint_batches", "warmup_batches"}
-_OPTIONAL |= {"lr_step_batches", "data_dir", "cache_dir", "init_checkpoint"}
+_OPTIONAL |= {"lr_step_batches", "data_dir", "cache_dir"}
 HYPERPARAMETERS = tuple(sorted(_TRAIN_KEYS | _REQUIRED | _OPTIONAL))
 
 _SCHEMES = {"aws": "s3://", "gcs": "gs://"}

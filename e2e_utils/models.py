@@ -563,3 +563,31 @@ def model_from_checkpoint(path, device="cpu"):
     heavy = ("model", "trained", "optimizer", "scheduler", "unreported")
     meta = {key: value for key, value in checkpoint.items() if key not in heavy}
     return model.to(device).eval(), meta
+
+
+def start_from(model, path, architecture, class_names):
+    """Give a model the weights of a checkpoint, to train on from there.
+
+    Args:
+        model: of `build_model`, in place.
+        path: a file that `model_from_checkpoint` reads.
+        architecture: the model's name.
+        class_names: of its labels, in their order.
+
+    Raises:
+        ValueError: not such a checkpoint, or one of another architecture, other
+            classes, or other settings that change a weight's shape.
+    """
+    learned, meta = model_from_checkpoint(path)
+    for key, wanted in (("architecture", architecture), ("class_names", class_names)):
+        if meta[key] != wanted:
+            raise ValueError(
+                f"init_checkpoint {path} holds {key} {str(meta[key])[:80]}, "
+                f"the run wants {str(wanted)[:80]}"
+            )
+    try:
+        model.load_state_dict(learned.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init_checkpoint {path} was trained with other settings: {error}"[:400]
+        ) from error

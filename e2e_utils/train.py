@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from e2e_utils.config import TrainConfig, check_same_run, parse_args
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.models import build_model, resolved_settings
+from e2e_utils.models import build_model, resolved_settings, start_from
 from e2e_utils.optim import lr_factor, make_optimizer, update_ema
 from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
 
@@ -200,7 +200,8 @@ def fit(
         The metrics of the last evaluation, with the "step" at which it was.
 
     Raises:
-        ValueError: output_dir holds a run of another configuration.
+        ValueError: output_dir holds a run of another configuration, or init_checkpoint
+            a model of another kind.
         FloatingPointError: the loss is not finite; names the tiles of that step.
     """
     if not 0 <= config.ema < 1:
@@ -231,6 +232,9 @@ def fit(
         config.weights_backbone,
         **config.settings,
     ).to(device, memory_format=memory_format(dtype))
+    output = Path(config.output_dir)
+    if config.init_checkpoint and not (output / "last.pt").exists():
+        start_from(model, config.init_checkpoint, config.model, train_set.class_names)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     judged = model if average is None else average  # what is evaluated and served
     if config.compile:
@@ -240,7 +244,6 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(config, steps, steps_per_epoch)
     )
-    output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     start, best, metrics = 0, -1.0, {}
     recent: list = []  # (losses, image ids); losses stay on the device until reported

@@ -69,11 +69,7 @@ def ray_session(
         if address:
             del told["RAY_AUTH_MODE"]  # the cluster's to say
         elif not ray.is_initialized():
-            # jsonschema would import this grammar: seconds in each process of Ray
-            shadow = stack.enter_context(tempfile.TemporaryDirectory())
-            refusal = 'raise ImportError("left out: Ray checks no such addresses")\n'
-            (Path(shadow) / "rfc3987_syntax.py").write_text(refusal)
-            paths = [shadow, str(ROOT), os.environ.get("PYTHONPATH")]
+            paths = [str(ROOT), os.environ.get("PYTHONPATH")]
             told["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less
             told["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         stack.enter_context(_environment(told))
@@ -167,17 +163,12 @@ def experiment_config(
         tiles: folder to take the tiles from, whatever backend and data_dir say.
 
     Raises:
-        ValueError: an unknown or missing hyperparameter; init_checkpoint, which the
-            plain loop does not have; a global_batch_size that cannot be divided.
+        ValueError: an unknown or missing hyperparameter; a global_batch_size that
+            cannot be divided.
     """
     if tiles is not None:
         hparams = {**hparams, "backend": "local", "data_dir": str(tiles)}
     check_hparams(hparams)
-    if "init_checkpoint" in hparams:
-        raise ValueError(
-            f"init_checkpoint {hparams['init_checkpoint']!r} is Determined's trial's "
-            "alone; e2e_utils.train begins with weights or weights_backbone"
-        )
     total = hparams["global_batch_size"]
     if total % workers:
         raise ValueError(

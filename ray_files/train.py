@@ -136,6 +136,9 @@ def train(
     kept = place(storage or config.output_dir)
     if not hparams:
         config = replace(config, data_path=str(Path(config.data_path).resolve()))
+    if config.init_checkpoint:
+        start = str(Path(config.init_checkpoint).resolve())
+        config = replace(config, init_checkpoint=start)
     with ray_session(workers, verbose):
         if gpu is None:
             gpu = ray.cluster_resources().get("GPU", 0) >= workers

@@ -88,6 +88,10 @@ class _Recorder(tune.Callback):
         self.plan, self.on_result = plan, on_result
         self.records: dict[str, dict] = {}
 
+    def __getstate__(self) -> dict:
+        """Without on_result: Tune pickles its callbacks, a notebook's cannot be."""
+        return self.__dict__ | {"on_result": None}
+
     def record(self, trial: Any) -> dict:
         if trial.trial_id not in self.records:
             config = _plain(trial.config)
@@ -202,6 +206,8 @@ def search(
         space |= {"backend": "local", "data_dir": str(Path(tiles).resolve())}
     elif space["backend"] == "local":
         space["data_dir"] = str(Path(space["data_dir"]).resolve())
+    if isinstance(space.get("init_checkpoint"), str):
+        space["init_checkpoint"] = str(Path(space["init_checkpoint"]).resolve())
     if seed is None:
         seed = plan.seed or 0
     recorder = _Recorder(plan, on_result)

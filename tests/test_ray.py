@@ -192,6 +192,12 @@ def test_asha_stops_what_does_not_learn(tiles, tmp_path, capfd):
     found["searcher"] |= {"max_time": 12, "divisor": 2, "max_rungs": 2}
     found["hyperparameters"] |= {"weight_decay": 0.05, "clip_grad": 10.0}
     told = []
+    lock = threading.Lock()  # cannot be pickled, as much in a notebook cannot
+
+    def tell(record: dict) -> None:
+        with lock:
+            told.append((record["trial"], record["state"]))
+
     records = search(
         found,
         tiles,
@@ -199,7 +205,7 @@ def test_asha_stops_what_does_not_learn(tiles, tmp_path, capfd):
         trials=3,
         max_concurrent=1,  # one after the other: the outcome does not hang on timing
         seed=1,  # draws the rate that learns first, then the other twice
-        on_result=lambda record: told.append((record["trial"], record["state"])),
+        on_result=tell,
     )
     assert [record["trial"] for record in records] == [0, 1, 2]
     assert [record["hparams"]["lr"] for record in records] == [2e-3, 1e-7, 1e-7]

@@ -124,6 +124,48 @@ def test_another_configuration_does_not_continue_a_run(tiles, whole_run):
         fit(config(tiles, output, lr=0.5), progress=False)
 
 
+def test_a_run_starts_from_the_weights_of_another(tiles, tmp_path, whole_run):
+    output, *_ = whole_run
+    begin = tmp_path / "begin.pt"
+    shutil.copy(output / "last.pt", begin)
+    still = {"init_checkpoint": str(begin), "lr": 0.0, "weight_decay": 0.0, "steps": 1}
+    fit(config(tiles, tmp_path / "still", **still), progress=False)
+    learned = torch.load(begin, weights_only=True)["model"]
+    told = torch.load(tmp_path / "still" / "last.pt", weights_only=True)
+    assert told["step"] == 1  # another run, not that one continued
+    trained = [key for key in learned if "running" not in key and "num_b" not in key]
+    assert len(trained) > 40
+    assert all(torch.equal(told["model"][key], learned[key]) for key in trained)
+
+    wanted = config(tiles, tmp_path / "on", init_checkpoint=str(begin), eval_steps=3)
+    calls = iter(range(100))
+    fit(wanted, should_stop=lambda: next(calls) == 4, progress=False)
+    begin.unlink()  # the run goes on from its own last.pt
+    assert fit(wanted, progress=False)["step"] == 12
+
+
+def test_weights_that_do_not_fit_the_run_are_refused(tiles, tmp_path, whole_run):
+    begin = str(whole_run[0] / "last.pt")
+    for changes, message in (
+        ({"model": "ssd300_vgg16", "settings": {}}, "holds architecture fasterrcnn_sm"),
+        (
+            {"settings": {"anchor_sizes": [[4, 8, 16, 32]] * 3}},
+            "trained with other settings",
+        ),
+        ({"init_checkpoint": str(tmp_path / "gone.pt")}, "gone.pt"),
+    ):
+        changes = {"init_checkpoint": begin, **changes}
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            fit(config(tiles, tmp_path / "on", **changes), progress=False)
+        assert not (tmp_path / "on" / "last.pt").exists()
+    state = torch.load(begin, weights_only=True)
+    state["class_names"] = ["background", "boat", "bar", "dot"]
+    torch.save(state, tmp_path / "boats.pt")
+    changes = {"init_checkpoint": str(tmp_path / "boats.pt")}
+    with pytest.raises(ValueError, match="boats.pt holds class_names.*'boat'"):
+        fit(config(tiles, tmp_path / "on", **changes), progress=False)
+
+
 def test_a_loss_that_is_not_finite_names_its_tiles(tiles, tmp_path):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+.*train_\d"):
         fit(config(tiles, tmp_path, lr=1e30, clip_grad=0.0, warmup=0.0), progress=False)
