@@ -40,8 +40,9 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from e2e_utils.artefact import write_artefact
 from e2e_utils.client import predict_remote
-from e2e_utils.engines import load_engine, write_artefact
+from e2e_utils.engines import load_engine
 from e2e_utils.export import strip_checkpoint, write_mar, write_model_store
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image

@@ -26,7 +26,7 @@ from PIL import Image
 from serving import NAMES, checkpoint, jpeg
 
 from e2e_utils import export
-from e2e_utils.engines import write_artefact
+from e2e_utils.artefact import write_artefact
 from kserve_utils.predictor.local import predictor
 from kserve_utils.torchserve_utils.local import torchserve
 

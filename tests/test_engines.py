@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from serving import NAMES, ROOT, checkpoint, decode, jpeg
 
+from e2e_utils import artefact as artefacts
 from e2e_utils import engines, export
 from e2e_utils.models import build_model, model_from_checkpoint
 from e2e_utils.predict import predict_image, predict_scene
@@ -42,13 +43,13 @@ def tiles():
 def plain(stripped, tiles, tmp_path_factory):
     """An artefact for torch alone, which is written in a moment."""
     folder = tmp_path_factory.mktemp("plain") / "artefact"
-    return engines.write_artefact(stripped, folder, ["torch"], tiles=tiles)
+    return artefacts.write_artefact(stripped, folder, ["torch"], tiles=tiles)
 
 
 @pytest.fixture(scope="module")
 def artefact(stripped, tiles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "artefact"
-    return engines.write_artefact(stripped, folder, tiles=tiles)
+    return artefacts.write_artefact(stripped, folder, tiles=tiles)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def same(wanted: dict, found: dict) -> None:
         }
         for value in (wanted, found)
     )
-    engines._compare("openvino", "fasterrcnn_small", [one], [other])
+    artefacts._compare("openvino", "fasterrcnn_small", [one], [other])
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_a_picture_on_which_nothing_is_found_is_no_error(engine, tmp_path):
     content["settings"] = {**content["settings"], "box_score_thresh": threshold}
     path = strip(content, tmp_path / "strict.pth")
     model = model_from_checkpoint(path)[0]
-    folder = engines.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
+    folder = artefacts.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
     module, _ = engines.load_engine(folder, engine, threads=1)
     counts = set()
     for one in shown:
@@ -192,7 +193,7 @@ def test_a_picture_without_proposals_is_no_error(engine, tmp_path):
     best = [objectness(model, one) for one in shown]
     content["settings"] = {**content["settings"], "rpn_score_thresh": sum(best) / 2}
     path = strip(content, tmp_path / "strict.pth")
-    folder = engines.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
+    folder = artefacts.write_artefact(path, tmp_path / "new", [engine], tiles=shown)
     module, _ = engines.load_engine(folder, engine, threads=1)
     counts = {len(predict_image(module, one)["scores"]) > 0 for one in shown}
     assert counts == {True, False}
@@ -201,7 +202,7 @@ def test_a_picture_without_proposals_is_no_error(engine, tmp_path):
 @torch.inference_mode()
 def objectness(model, picture) -> float:
     """The highest score of any proposal on a picture, 0..1."""
-    features = model.backbone(model.transform([engines._tensor(picture)])[0].tensors)
+    features = model.backbone(model.transform([artefacts._tensor(picture)])[0].tensors)
     logits, _ = model.rpn.head(list(features.values()))
     return float(max(level.max() for level in logits).sigmoid())
 
@@ -237,7 +238,7 @@ def test_threads_are_set_for_torch(plain):
 
 
 def test_without_tiles_parity_is_told_to_stand_on_noise(stripped, tmp_path):
-    folder = engines.write_artefact(stripped, tmp_path / "new", ["torch"])
+    folder = artefacts.write_artefact(stripped, tmp_path / "new", ["torch"])
     assert engines.read_artefact(folder)["parity"]["torch"]["pictures"] == "noise"
 
 
@@ -250,16 +251,16 @@ def listing(folder):
 def test_an_engine_that_differs_is_an_error_and_nothing_is_written(
     stripped, tiles, tmp_path, monkeypatch, engine
 ):
-    make = engines._RUNNERS[engine]
+    make = engines.RUNNERS[engine]
 
     def moved(*args):  # a test double: the engine's boxes, a tenth of a pixel off
         run, threads = make(*args)
         return lambda image: [run(image)[0] + 0.1, *run(image)[1:]], threads
 
-    monkeypatch.setitem(engines._RUNNERS, engine, moved)
+    monkeypatch.setitem(engines.RUNNERS, engine, moved)
     wanted = rf"{engine} differs from torch on fasterrcnn_small, picture 0.*by 0\.1"
     with pytest.raises(RuntimeError, match=wanted):
-        engines.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
+        artefacts.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
     assert listing(tmp_path) == []
 
 
@@ -277,7 +278,7 @@ EAGER = found([A, B], [0.5, 0.5], [1, 2])
 
 def test_boxes_of_equal_scores_may_change_places():
     swapped = found([B, A], [0.5, 0.49999], [2, 1])
-    measured = engines._compare("openvino", "x", [EAGER], [swapped])
+    measured = artefacts._compare("openvino", "x", [EAGER], [swapped])
     assert measured["box_difference_px"] == 0
     assert 0 < measured["score_difference"] < 1e-4
 
@@ -296,7 +297,7 @@ def test_boxes_of_equal_scores_may_change_places():
 )
 def test_what_parity_refuses(other, message):
     with pytest.raises(RuntimeError, match=message):
-        engines._compare("openvino", "x", [EAGER], [other])
+        artefacts._compare("openvino", "x", [EAGER], [other])
 
 
 @pytest.mark.slow
@@ -309,7 +310,7 @@ def test_an_architecture_that_cannot_be_exported_is_an_error_with_the_reason(
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(RuntimeError, match="cannot run fasterrcnn_small.*aten::odd"):
-        engines.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
+        artefacts.write_artefact(stripped, tmp_path / "new", [engine], tiles=tiles)
     assert listing(tmp_path) == []
 
 
@@ -318,7 +319,7 @@ def test_an_older_artefact_is_replaced_and_anything_else_is_not(
 ):
     out = tmp_path / "artefact"
     for name in ("first", "second"):
-        engines.write_artefact(stripped, out, ["torch"], tiles=tiles, model_name=name)
+        artefacts.write_artefact(stripped, out, ["torch"], tiles=tiles, model_name=name)
         assert engines.read_artefact(out)["model_name"] == name
     assert listing(tmp_path) == [
         "artefact",
@@ -330,17 +331,17 @@ def test_an_older_artefact_is_replaced_and_anything_else_is_not(
     (foreign / "thesis.txt").write_text("only copy")
     for place in (foreign, foreign / "thesis.txt"):
         with pytest.raises(FileExistsError, match="no artefact: choose another"):
-            engines.write_artefact(stripped, place, ["torch"], tiles=tiles)
+            artefacts.write_artefact(stripped, place, ["torch"], tiles=tiles)
     (foreign / "detector.json").write_text('{"architecture": "x"}')  # as in a .mar
     with pytest.raises(FileExistsError, match="no artefact: choose another"):
-        engines.write_artefact(stripped, foreign, ["torch"], tiles=tiles)
+        artefacts.write_artefact(stripped, foreign, ["torch"], tiles=tiles)
     assert (foreign / "thesis.txt").read_text() == "only copy"
 
 
 def test_what_cannot_be_an_artefact_is_refused(stripped, tiles, tmp_path):
     def write(ckpt=stripped, **kwargs):
         kwargs = {"engines": ["torch"], "tiles": tiles, **kwargs}
-        engines.write_artefact(ckpt, tmp_path / "new", **kwargs)
+        artefacts.write_artefact(ckpt, tmp_path / "new", **kwargs)
 
     torch.save(checkpoint(), tmp_path / "best.pt")
     with pytest.raises(ValueError, match=r"best\.pt is not stripped .*strip_checkp"):
@@ -381,7 +382,7 @@ def test_an_engine_without_its_library_names_it(
 
     monkeypatch.setattr(engines.importlib, "import_module", lambda name: without(name))
     with pytest.raises(ImportError, match=f"{engine} needs the library {engine}"):
-        engines.write_artefact(stripped, tmp_path / "new", [engine])
+        artefacts.write_artefact(stripped, tmp_path / "new", [engine])
     assert listing(tmp_path) == []
 
 
@@ -505,20 +506,20 @@ def test_approval_refuses_tiles_that_tell_nothing(copy, labelled):
 
 def test_tiles_are_read_evenly_over_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pictures in"):
-        engines.read_tiles(tmp_path)
+        artefacts.read_tiles(tmp_path)
     for index in range(5):
         shade = np.full((4, 6, 3), index, np.uint8)
         Image.fromarray(shade).save(tmp_path / f"{index}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    shades = [tile[0, 0, 0] for tile in engines.read_tiles(tmp_path, 3)]
+    shades = [tile[0, 0, 0] for tile in artefacts.read_tiles(tmp_path, 3)]
     assert shades == [0, 1, 3]
-    assert len(engines.read_tiles(tmp_path)) == 5
+    assert len(artefacts.read_tiles(tmp_path)) == 5
 
 
 @pytest.mark.slow
 def test_the_command_writes_an_artefact_and_tells_what_it_measured(stripped, tmp_path):
     (tmp_path / "tile.jpg").write_bytes(jpeg())
-    command = [sys.executable, "-m", "e2e_utils.engines", "--stripped-ckpt"]
+    command = [sys.executable, "-m", "e2e_utils.artefact", "--stripped-ckpt"]
     command += [str(stripped), "--out-dir", str(tmp_path / "new")]
     command += ["--tiles-dir", str(tmp_path), "--engines", "torch", "openvino"]
     done = subprocess.run(
@@ -576,5 +577,5 @@ FAMILIES = (
 def test_other_families_are_exported_too(name, tmp_path):
     path = strip(architecture(name), tmp_path / "stripped.pth")
     pictures = [decode(jpeg(160, 160, seed=1)), decode(jpeg(200, 130, seed=2))]
-    folder = engines.write_artefact(path, tmp_path / "artefact", tiles=pictures)
+    folder = artefacts.write_artefact(path, tmp_path / "artefact", tiles=pictures)
     assert engines.read_artefact(folder)["parity"]["torch"]["boxes"] > 20

@@ -40,7 +40,12 @@ PLANS = [
     (1250, 1150, "flats homes park*0.85 / trucks shops boxes*0.7 / coast*0.9"),
     (1180, 1300, "fields farm homes*0.8 / bus homes shops*0.75 / airport*1.0"),
     (1260, 1200, "wood homes homes*0.9 / halls tanks trucks*0.8 / coast*0.95"),
-    (1240, 1260, "homes homes bus*0.85 / tanks trucks boxes*0.75 / coast*1.0"),
+    # a wood without a label: tiles in which every box is a mistake
+    (
+        1620,
+        1260,
+        "wood wood*1.1 / homes homes bus*0.85 / tanks trucks boxes*0.75 / coast*1.0",
+    ),
     (1150, 1330, "wood homes homes*0.9 / airport*1.0 / trucks tanks halls*0.7"),
     (1250, 1200, "park homes flats*0.9 / shops homes boxes*0.75 / coast*0.9"),
     (1200, 1280, "airport*1.0 / homes bus boxes*0.85 / fields homes farm*0.85"),

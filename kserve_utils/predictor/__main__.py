@@ -2,7 +2,7 @@
 
     python -m kserve_utils.predictor --model_dir artefact --engine openvino
 
---model_dir is a folder of `e2e_utils.engines.write_artefact`. Nothing listens before
+--model_dir is a folder of `e2e_utils.artefact.write_artefact`. Nothing listens before
 the model has answered a picture. SIGTERM: not ready at once, then the requests in
 flight get their answers, then the end.
 """

@@ -48,7 +48,7 @@ def predictor(
     """Serve an artefact until the block ends, then end the process.
 
     Args:
-        artefact_dir: written by `e2e_utils.engines.write_artefact`.
+        artefact_dir: written by `e2e_utils.artefact.write_artefact`.
         engine: "torch", "openvino" or "onnxruntime".
         precision: "fp32", or "bf16" if that was approved.
         threads: of a forward pass.
