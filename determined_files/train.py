@@ -28,10 +28,10 @@ from determined import core, pytorch
 
 if __package__:
     from determined_files.model_def import ObjectDetectionTrial
-    from determined_files.trial_config import load_config
+    from determined_files.trial_config import absolute_init, fetch_tiles, load_config
 else:  # on a cluster, and as a script, this folder is the root
     from model_def import ObjectDetectionTrial
-    from trial_config import load_config
+    from trial_config import absolute_init, fetch_tiles, load_config
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -110,9 +110,8 @@ def run_local(
     """
     hparams = dict(config["hyperparameters"])
     if hparams["backend"] == "local":  # the working directory changes below
-        hparams["data_dir"] = str(Path(hparams["data_dir"]).resolve())
-    if hparams.get("init_checkpoint"):
-        hparams["init_checkpoint"] = str(Path(hparams["init_checkpoint"]).resolve())
+        hparams["data_dir"] = str(Path(fetch_tiles(hparams)).resolve())
+    hparams["init_checkpoint"] = absolute_init(hparams.get("init_checkpoint"))
     start = steps_done(resume) if resume else 0
     last = str(Path(resume).resolve()) if resume else None
     distributed = None

@@ -14,6 +14,9 @@ Hyperparameters are the fields of `e2e_utils.train.TrainConfig` that say how to 
     backend               where the tiles are: local, fake, aws or gcs
     data_dir              a folder, or the s3:// or gs:// URL of one
     cache_dir             where aws and gcs put the tiles, on each machine
+
+On a cluster, data_dir of the backend local and init_checkpoint are absolute paths that
+every machine sees.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from e2e_utils.train import TrainConfig
 
 # What Determined decides or this trial measures in batches, and so is no hyperparameter
 _NOT_HERE = {"data_path", "output_dir", "steps", "epochs", "batch_size", "eval_steps"}
-_NOT_HERE |= {"save_steps", "tensorboard"}
+_NOT_HERE |= {"save_steps", "tensorboard", "best_metric"}
 # What the loop of e2e_utils.train does and this trial does not: refused, not ignored
 _NOT_HERE |= {"ema", "compile", "scale_lr", "repeat_threshold"}
 _NOT_HERE |= {"aspect_ratio_group_factor"}
@@ -166,6 +169,27 @@ def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
 
         sync(where, hparams["cache_dir"])
     return str(hparams["cache_dir"])
+
+
+def absolute_init(value):
+    """init_checkpoint as an absolute path, also each of a range to search.
+
+    For whoever starts processes in other working directories.
+
+    Raises:
+        ValueError: a URL; nothing fetches a checkpoint.
+    """
+    if isinstance(value, dict):
+        if "vals" not in value:
+            return value
+        return {**value, "vals": [absolute_init(one) for one in value["vals"]]}
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        raise ValueError(
+            f"init_checkpoint must be a file that every machine sees, got {value!r}"
+        )
+    return str(Path(value).resolve())
 
 
 def write_fake_tiles(folder: str | Path, config: TrainConfig, tiles: int = 8) -> None:

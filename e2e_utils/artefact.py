@@ -272,33 +272,49 @@ def _cannot(engine: str, architecture: str, error: Exception) -> RuntimeError:
 
 
 def _compare(engine: str, architecture: str, eager: list, found: list) -> dict:
-    """The largest differences over all pictures; RuntimeError if they are too large."""
+    """The largest differences over all pictures; RuntimeError if they are too large.
+
+    One box in a hundred may be there on one side alone: where two boxes overlap by just
+    the threshold of a suppression, or a score lies on its limit, the last digit of a
+    float decides.
+    """
     pixels = scores = 0.0
+    allowed, alone = sum(len(one["scores"]) for one in eager) // 100, 0
     for index, (one, other) in enumerate(zip(eager, found, strict=True)):
         where = f"{engine} differs from torch on {architecture}, picture {index}: "
         counts = len(one["scores"]), len(other["scores"])
-        if counts[0] != counts[1]:
-            raise RuntimeError(f"{where}{counts[1]} boxes instead of {counts[0]}")
         free = torch.ones(counts[1], dtype=torch.bool)
+        told = f"{where}{counts[1]} boxes instead of {counts[0]}"
         for box, label, score in zip(
             one["boxes"], one["labels"], one["scores"], strict=True
         ):
+            if not counts[1]:
+                alone += 1
+                continue
             # near ties may change places in the order of scores: pair by what they are
             off = (other["boxes"] - box).abs().amax(dim=1)
             off[~free | (other["labels"] != label)] = torch.inf
             far = (other["scores"] - score).abs()
             best = int((off / BOX_TOLERANCE + far / SCORE_TOLERANCE).argmin())
             moved, changed = float(off[best]), float(far[best])
-            # so put that a NaN is refused
-            if not (moved <= BOX_TOLERANCE and changed <= SCORE_TOLERANCE):
-                raise RuntimeError(
+            if moved <= BOX_TOLERANCE and changed <= SCORE_TOLERANCE:
+                free[best] = False
+                pixels, scores = max(pixels, moved), max(scores, changed)
+                continue
+            if counts[0] == counts[1] or not moved > 1:
+                told = (
                     f"{where}a box of label {label} moves by {moved:.3g} px and "
                     f"{changed:.2g} of its score; at most {BOX_TOLERANCE} px and "
                     f"{SCORE_TOLERANCE} are taken"
                 )
-            free[best] = False
-            pixels, scores = max(pixels, moved), max(scores, changed)
-    return {"box_difference_px": round(pixels, 6), "score_difference": scores}
+            if not moved > 1:  # so put that a NaN is refused
+                raise RuntimeError(told)
+            alone += 1  # no box near it: not moved, but another or none
+        alone += int(free.sum())
+        if alone > allowed:
+            raise RuntimeError(told)
+    measured = {"box_difference_px": round(pixels, 6), "score_difference": scores}
+    return {**measured, "boxes_of_one_side": alone}
 
 
 def _check_place(out: Path) -> None:

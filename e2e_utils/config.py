@@ -44,6 +44,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0 for none
     compile: bool = False  # torch.compile the backbone; not equal bit by bit
     eval_steps: int | None = None  # validate and save this often; once an epoch if None
+    best_metric: str = "AP50"  # of the validation; best.pt is where it was highest
     save_steps: int | None = None  # save this often besides
     tensorboard: bool = False  # the metrics also as events, in output_dir/tensorboard
     workers: int = 0  # processes that load tiles

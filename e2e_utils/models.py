@@ -579,12 +579,19 @@ def start_from(model, path, architecture, class_names):
             classes, or other settings that change a weight's shape.
     """
     learned, meta = model_from_checkpoint(path)
-    for key, wanted in (("architecture", architecture), ("class_names", class_names)):
-        if meta[key] != wanted:
-            raise ValueError(
-                f"init_checkpoint {path} holds {key} {str(meta[key])[:80]}, "
-                f"the run wants {str(wanted)[:80]}"
-            )
+    if meta["architecture"] != architecture:
+        raise ValueError(
+            f"init_checkpoint {path} holds architecture {meta['architecture']}, "
+            f"the run wants {architecture}"
+        )
+    there = list(meta["class_names"])
+    if there != class_names:
+        pairs = zip(there, class_names, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        what = f"{len(there)} classes, the run has {len(class_names)}"
+        if first is not None:
+            what = f"{there[first]!r} as label {first}, the run {class_names[first]!r}"
+        raise ValueError(f"init_checkpoint {path} has {what}")
     try:
         model.load_state_dict(learned.state_dict())
     except RuntimeError as error:

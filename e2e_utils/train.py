@@ -40,6 +40,7 @@ from e2e_utils.optim import lr_factor, make_optimizer, update_ema
 from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
 
 REPORT_STEPS = 20  # losses are averaged over so many steps
+BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 STOP_STEPS = 10  # several processes agree this often on whether to stop
 
 
@@ -206,6 +207,11 @@ def fit(
     """
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema must be in 0..1, below 1, got {config.ema!r}")
+    if config.best_metric not in BEST_METRICS:
+        raise ValueError(
+            f"best_metric must be one of {', '.join(BEST_METRICS)}, "
+            f"got {config.best_metric!r}"
+        )
     rank, world_size, local_rank = start_process_group()
     main = rank == 0
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -287,7 +293,9 @@ def fit(
         }
         if main:
             # best.pt first: killed in between, the run repeats this step and both
-            if metrics and metrics["step"] == step and metrics["AP50"] == best:
+            # a metric is None where it has no ground truth
+            now = (metrics or {}).get(config.best_metric) or 0.0
+            if metrics and metrics["step"] == step and now == best:
                 save_checkpoint(output / "best.pt", content)
             if average is not None:
                 content["trained"] = model.state_dict()
@@ -349,7 +357,7 @@ def fit(
                 judged, val_set, device, dtype, rank, world_size, config.workers
             )
             metrics["step"] = step
-            best = max(best, metrics["AP50"] or 0.0)
+            best = max(best, metrics[config.best_metric] or 0.0)
             tell({k: v for k, v in metrics.items() if k != "step"}, step)
         saves = config.save_steps and step % config.save_steps == 0
         if evaluates or saves or stops:

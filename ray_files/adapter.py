@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2: a report waits for the next one
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to come, else a warning
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output speaks even where it is told not to
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else it ends a search as if it were done
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the records
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a save between validations has no mAP
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -139,6 +140,21 @@ def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
             psutil.wait_procs(left, timeout=30)
             if "timed out during startup" not in str(error) or attempt == attempts:
                 raise
+
+
+def takes_gpu(gpu: bool | None, processes: int) -> bool:
+    """Whether each process gets a GPU: as told, or if there are any.
+
+    Raises:
+        ValueError: nothing was told, and there are GPUs for some of them.
+    """
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if gpu is None and 0 < there < processes:
+        raise ValueError(
+            f"{there} GPU for {processes} workers: gpu=True (--gpu) waits for the "
+            "others, gpu=False (--no-gpu) trains on CPUs"
+        )
+    return there > 0 if gpu is None else gpu
 
 
 def place(storage: str | Path) -> str:

@@ -4,7 +4,7 @@
     python ray_files/train.py --config determined_files/const.yaml lr=0.002
     ray job submit --address http://HEAD:8265 --working-dir . -- \\
         python ray_files/train.py --config determined_files/const.yaml \\
-        --storage s3://BUCKET/runs
+        --storage s3://BUCKET/runs --max-failures 3 data_dir=/shared/tiles
 
 The YAML is a Determined experiment of one trial. Read are its name, hyperparameters,
 resources.slots_per_trial (workers) and max_restarts (restarts after a failure); what
@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from determined_files.trial_config import load_config
+from determined_files.trial_config import METRICS, absolute_init, load_config
 from e2e_utils.train import TrainConfig, fit, read_metrics
 from ray_files.adapter import (
     RESUMED,
@@ -40,6 +40,7 @@ from ray_files.adapter import (
     place,
     prepare,
     ray_session,
+    takes_gpu,
 )
 
 
@@ -62,7 +63,14 @@ def _worker(task: dict) -> None:
         )
         courier = Courier(send, Path(config.output_dir), rank == 0, task["verbose"])
         courier.restore(ray.train.get_checkpoint())
-        fit(config, courier.report, courier.save, progress=False)
+        try:
+            fit(config, courier.report, courier.save, progress=False)
+        except ValueError as error:
+            if config.output_dir not in str(error):
+                raise
+            message = str(error).replace(config.output_dir, task["place"])
+            message = message.replace("another output_dir", "another name (--name)")
+            raise ValueError(message) from error
 
 
 def trainer(
@@ -85,6 +93,7 @@ def trainer(
             "config": asdict(config),
             "hparams": hparams or {},
             "verbose": verbose,
+            "place": below(storage, name),
         },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(
@@ -132,16 +141,14 @@ def train(
 
     Raises:
         ray.train.TrainingFailedError: a worker failed more often; holds its error.
+        ValueError: there are GPUs, but fewer than workers, and gpu is None.
     """
     kept = place(storage or config.output_dir)
     if not hparams:
         config = replace(config, data_path=str(Path(config.data_path).resolve()))
-    if config.init_checkpoint:
-        start = str(Path(config.init_checkpoint).resolve())
-        config = replace(config, init_checkpoint=start)
+    config = replace(config, init_checkpoint=absolute_init(config.init_checkpoint))
     with ray_session(workers, verbose):
-        if gpu is None:
-            gpu = ray.cluster_resources().get("GPU", 0) >= workers
+        gpu = takes_gpu(gpu, workers)
         run = trainer(
             config, workers, kept, name, gpu, max_failures, hparams, verbose
         ).fit()
@@ -178,6 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
     config, hparams = experiment_config(
         experiment["hyperparameters"], workers, options.tiles
     )
+    metric = experiment.get("searcher", {}).get("metric")
+    if metric in METRICS:
+        config = replace(config, best_metric=METRICS[metric])
     restarts = options.max_failures
     done = train(
         config,

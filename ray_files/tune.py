@@ -2,7 +2,7 @@
 
     python ray_files/tune.py --config determined_files/adaptive.yaml --tiles TILES
     python ray_files/tune.py --config determined_files/const-distributed-search.yaml \\
-        --output-dir s3://BUCKET/searches
+        --output-dir s3://BUCKET/searches data_dir=s3://BUCKET/tiles
 
 translate.py tells how the YAML is read.
 
@@ -30,7 +30,12 @@ from ray.tune.search import BasicVariantGenerator
 if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from determined_files.trial_config import read_experiment
+from determined_files.trial_config import (
+    METRICS,
+    absolute_init,
+    fetch_tiles,
+    read_experiment,
+)
 from e2e_utils.train import fit
 from ray_files.adapter import (
     Courier,
@@ -39,6 +44,7 @@ from ray_files.adapter import (
     place,
     prepare,
     ray_session,
+    takes_gpu,
 )
 from ray_files.train import trainer
 from ray_files.translate import Plan, translate
@@ -51,9 +57,11 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _trial(values: dict, slots: int, storage: str, gpu: bool, restarts: int) -> None:
+def _trial(values: dict, plan: Plan, storage: str, gpu: bool) -> None:
     """One trial: the plain loop here, or Ray Train with a worker for each slot."""
+    slots = plan.slots
     config, hparams = experiment_config(_plain(values), slots)
+    config = replace(config, best_metric=METRICS[plan.metric])
     if slots > 1:
         name = tune.get_context().get_trial_id()
         trainer(
@@ -62,7 +70,7 @@ def _trial(values: dict, slots: int, storage: str, gpu: bool, restarts: int) -> 
             storage,
             f"{name}_workers",
             gpu,
-            restarts,
+            plan.restarts,
             hparams,
             callbacks=[TuneReportCallback()],
         ).fit()
@@ -183,16 +191,19 @@ def search(
         ...), "hparams" {name: value} of the searched ones, "curve" [(batches, metric
         in 0..1), ...], "state" ("finished", "stopped" by ASHA, "failed"), "stopped_at"
         (batches or None), "best" (the highest metric, or None), "checkpoint" (file or
-        URL of the weights with the best AP50, or None), "error" (or None), "length"
+        URL of the weights that had it, or None), "error" (or None), "length"
         (max_batches).
 
     Raises:
         ValueError: the experiment cannot be translated, or its number of trials is
-            not free.
-        FileExistsError: output_dir/name holds a search.
+            not free, or there are GPUs for some of the slots only.
+        FileExistsError: the folder output_dir/name holds a search. (A bucket is not
+            looked into: there, give each search a name of its own.)
         RuntimeError: all trials failed; tells the first error.
     """
-    plan = translate(experiment)
+    hparams = dict(experiment["hyperparameters"])
+    hparams["init_checkpoint"] = absolute_init(hparams.get("init_checkpoint"))
+    plan = translate({**experiment, "hyperparameters": hparams})
     if trials and experiment["searcher"]["name"] in ("grid", "single"):
         raise ValueError("trials are those of the grid, or one; change the experiment")
     name = name or experiment.get("name", "search")
@@ -205,21 +216,19 @@ def search(
     if tiles is not None:
         space |= {"backend": "local", "data_dir": str(Path(tiles).resolve())}
     elif space["backend"] == "local":
-        space["data_dir"] = str(Path(space["data_dir"]).resolve())
-    if isinstance(space.get("init_checkpoint"), str):
-        space["init_checkpoint"] = str(Path(space["init_checkpoint"]).resolve())
+        space["data_dir"] = str(Path(fetch_tiles(space)).resolve())
     if seed is None:
         seed = plan.seed or 0
     recorder = _Recorder(plan, on_result)
     with ray_session(plan.slots + 1 if plan.slots > 1 else 1):
         has = ray.cluster_resources()
-        gpu = has.get("GPU", 0) >= plan.slots if gpu is None else gpu
+        gpu = takes_gpu(gpu, plan.slots)
         limit = plan.concurrent if max_concurrent is None else max_concurrent
-        room = max(1, int(has["GPU" if gpu else "CPU"] // plan.slots))
+        room = max(1, int(has.get("GPU" if gpu else "CPU", 0) // plan.slots))
         each = {"cpu": 1, "gpu": 1 if gpu and plan.slots == 1 else 0}
 
         def trial(values: dict) -> None:
-            _trial(values, plan.slots, below(storage, name), gpu, plan.restarts)
+            _trial(values, plan, below(storage, name), gpu)
 
         results = tune.Tuner(
             tune.with_resources(trial, each),

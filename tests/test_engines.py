@@ -283,6 +283,32 @@ def test_boxes_of_equal_scores_may_change_places():
     assert 0 < measured["score_difference"] < 1e-4
 
 
+def many(count: int, **changes) -> dict:
+    """Boxes side by side, 20 px each; a value of changes is put at its index."""
+    boxes = [[30.0 * i, 0.0, 30.0 * i + 20, 20.0] for i in range(count)]
+    for index, box in changes.get("boxes", {}).items():
+        boxes[index] = box
+    return found(boxes, [0.5] * count, [1] * count)
+
+
+def test_one_box_in_a_hundred_may_be_there_on_one_side_alone():
+    compare = artefacts._compare
+    for one, other in ((many(200), many(199)), (many(200), many(202))):
+        measured = compare("openvino", "x", [one], [other])
+        assert measured["boxes_of_one_side"] == abs(
+            len(one["scores"]) - len(other["scores"])
+        )
+    # of two pictures, also where one has none at all
+    empty, single = found([], [], []), many(1)
+    assert compare("x", "x", [many(200), single], [many(200), empty])
+    with pytest.raises(RuntimeError, match="197 boxes instead of 200"):
+        compare("openvino", "x", [many(200)], [many(197)])
+    # but none may move
+    moved = many(200, boxes={7: [210.0, 0.0, 230.1, 20.0]})
+    with pytest.raises(RuntimeError, match="label 1 moves by 0.1 px"):
+        compare("openvino", "x", [many(200)], [moved])
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -249,6 +249,19 @@ def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns(
     assert re.search(rf"kind: Gateway\nmetadata:\n  name: {owner}\n", script)
 
 
+def test_the_management_of_torchserve_is_closed_to_the_cluster():
+    policy = OBJECTS["NetworkPolicy", "torchserve"]["spec"]
+    ours = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
+    service = OBJECTS["InferenceService", "torchserve"]["metadata"]["name"]
+    assert list(policy["podSelector"]["matchLabels"].values()) == [service]
+    assert policy["policyTypes"] == ours["policyTypes"]
+    assert policy["egress"] == ours["egress"]
+    peers = [rule["from"] for rule in policy["ingress"]]
+    assert peers == [rule["from"] for rule in ours["ingress"]]
+    opened = [row["port"] for rule in policy["ingress"] for row in rule["ports"]]
+    assert opened == [8080, 8082]  # KServe's wrapper, metrics
+
+
 def test_images_are_pinned_and_quantities_are_quantities():
     quantity = re.compile(r"(\d+(\.\d+)?)(m|[KMGT]i)?")
     for (kind, _), document in OBJECTS.items():

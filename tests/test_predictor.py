@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -46,7 +47,7 @@ from e2e_utils.predict import predict_image, predict_scene, to_geojson
 from kserve_utils.predictor.__main__ import parse
 from kserve_utils.predictor.local import predictor
 from kserve_utils.predictor.model import Detector, Limits, Turns
-from kserve_utils.predictor.protocol import parse_v1, parse_v2
+from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.predictor.rest import _all, _chunks, one_line
 
@@ -320,6 +321,7 @@ def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_pa
         (b'{"instances": [1], "parameters": {"scene": 1}}', "scene is 1"),
         (b'{"instances": [1], "parameters": {"score_threshold": 2}}', "in 0..1"),
         (b'{"instances": [1, 2], "parameters": {"scene": true}}', "comes alone"),
+        (b"[" + b"{}," * 1_000_000 + b"{}]", "1000002 objects, lists and texts"),
     ],
 )
 def test_a_v1_body_that_is_wrong_says_what_is(body, reason):
@@ -349,6 +351,7 @@ def tensor(**fields) -> dict:
         (tensor(shape=[1, 1, 4], data=[1, 2, 3, 4]), None, "[height, width, 3]"),
         (tensor(datatype="BYTES", shape=[1], data=["%"]), None, "not base64"),
         (tensor(data=None), b"abc", "binary_data_size is None, 3 bytes follow"),
+        (tensor(parameters=[1]), b"abc", "binary_data_size is None, 3 bytes follow"),
         (
             tensor(datatype="BYTES", shape=[1], parameters={"binary_data_size": 5}),
             b"\x09\0\0\0a",
@@ -389,6 +392,10 @@ def test_a_body_is_measured_while_it_comes_whatever_it_declared():
     with pytest.raises(Refusal, match="no byte of the body for 0.2 s") as refusal:
         read(Upload(b"12345", pause=30), 5)
     assert refusal.value.status == 408
+    drops = [b"1"] * 10
+    with pytest.raises(Refusal, match="body took more than 0 s") as refusal:
+        read(Upload(*drops, pause=0.1), 10)
+    assert refusal.value.status == 408
 
 
 def test_the_queue_is_bounded_and_says_when_to_ask_again():
@@ -408,6 +415,60 @@ def test_the_queue_is_bounded_and_says_when_to_ask_again():
                 pass
     assert not path.exists() and detector.waiting == detector.scenes == 0
     detector.close()
+
+
+def a_detector() -> Detector:
+    meta = {"tile_size": 8, "max_pixels": 64, "score_threshold": 0.0}
+    return Detector(torch.nn.Identity(), meta, MODEL, Limits())
+
+
+def test_scenes_of_a_server_that_was_killed_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept = a_detector()  # what runs keeps its own: a process of another number
+    other = Path(kept._folder.name).rename(
+        tmp_path / f"predictor-scenes-{psutil.Process().ppid()}-x"
+    )
+    for name in (f"predictor-scenes-{os.getpid()}-a", "predictor-scenes-999999999-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scene").write_text("left")
+    detector = a_detector()
+    own = Path(detector._folder.name)
+    assert {path.name for path in tmp_path.iterdir()} == {own.name, other.name}
+    detector.close()
+    assert not own.exists()
+
+
+def test_a_scene_of_one_long_row_is_refused_in_raw_pixels_too():
+    detector = a_detector()
+    job = Job("v2", [np.zeros((1, 100_001, 3), np.uint8)], scene=True)
+    with pytest.raises(Refusal, match="a side is at most 100000"):
+        asyncio.run(detector.predict(job))
+    assert job.pictures == []  # nothing is held for a job that ended
+    detector.close()
+
+
+@pytest.mark.slow
+def test_a_message_that_is_none_is_refused(predicted):
+    with grpc.insecure_channel(predicted.grpc) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for message, code in (
+            (b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+            (b"", grpc.StatusCode.NOT_FOUND),
+            (bytes(9 << 20), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
+            with pytest.raises(grpc.RpcError) as error:
+                ask(message, timeout=60)
+            assert error.value.code() == code
+    assert requests.get(f"{predicted}/v2/health/ready", timeout=60).ok
+
+
+@pytest.mark.slow
+def test_a_header_that_is_no_number_is_refused(predicted):
+    for value in ("x", "\u00b2", "-1"):
+        headers = {"Inference-Header-Content-Length": value.encode("latin-1")}
+        url = f"{predicted}/v2/models/{MODEL}/infer"
+        answer = requests.post(url, data=b"{}", headers=headers, timeout=60)
+        assert answer.status_code == 400, answer.text
 
 
 def test_a_job_that_nobody_waits_for_takes_no_turn():

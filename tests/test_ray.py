@@ -221,6 +221,7 @@ def test_asha_stops_what_does_not_learn(tiles, tmp_path, capfd):
         assert validations == ["running"] * len(batches) + [record["state"]]
         model, meta = model_from_checkpoint(record["checkpoint"])
         assert meta["config"]["lr"] == record["hparams"]["lr"]
+        assert meta["metrics"]["AP"] == record["best"]  # what was searched: mAP
     assert max(records, key=lambda record: record["best"]) is records[0]
     out = capfd.readouterr()
     assert out.out == out.err == ""  # fit for a notebook

@@ -144,6 +144,15 @@ def test_a_run_starts_from_the_weights_of_another(tiles, tmp_path, whole_run):
     assert fit(wanted, progress=False)["step"] == 12
 
 
+def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
+    changes = {"steps": 4, "eval_steps": 1, "best_metric": "AP75", "lr": 0.01}
+    fit(config(tiles, tmp_path / "run", **changes), progress=False)
+    told = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "AP75" in r]
+    highest = max(record["AP75"] or 0.0 for record in told)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["metrics"]["AP75"] or 0.0) == highest == best["best"]
+
+
 def test_weights_that_do_not_fit_the_run_are_refused(tiles, tmp_path, whole_run):
     begin = str(whole_run[0] / "last.pt")
     for changes, message in (
@@ -162,7 +171,9 @@ def test_weights_that_do_not_fit_the_run_are_refused(tiles, tmp_path, whole_run)
     state["class_names"] = ["background", "boat", "bar", "dot"]
     torch.save(state, tmp_path / "boats.pt")
     changes = {"init_checkpoint": str(tmp_path / "boats.pt")}
-    with pytest.raises(ValueError, match="boats.pt holds class_names.*'boat'"):
+    with pytest.raises(
+        ValueError, match="boats.pt has 'boat' as label 1, the run 'square'"
+    ):
         fit(config(tiles, tmp_path / "on", **changes), progress=False)
 
 
@@ -517,7 +528,7 @@ def test_processes_of_torchrun_stop_at_one_step(tiles, tmp_path):
 
 
 TWO_SAVES = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from e2e_utils.train import TrainConfig, fit
@@ -532,7 +543,8 @@ def save(step):
     saved.append(told.tolist())
 
 fit(config, save=save, progress=False)
-print(json.dumps([dist.get_rank(), saved]), flush=True)
+# one write, so that lines of two processes do not mix
+os.write(1, (json.dumps([dist.get_rank(), saved]) + "\n").encode())
 dist.destroy_process_group()
 """
 

@@ -50,7 +50,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--http_port", type=int, default=8080)
     add("--grpc_port", type=int, default=8081)
     add("--max_queue", type=int, default=16, help="requests that wait or run")
-    add("--max_request_mb", type=int, default=64, help="REST body, gRPC message")
+    add("--max_request_mb", type=int, default=64, help="REST body")
+    add("--max_grpc_mb", type=int, default=8, help="gRPC message")
     add("--max_pictures", type=int, default=32, help="instances of a V1 request")
     add("--max_scene_mb", type=int, default=2048, help="scene by V2's binary form")
     add("--max_scene_pixels", type=int, default=100_000_000, help="if decoded whole")
@@ -73,6 +74,7 @@ def main() -> None:
     limits = Limits(
         queue=args.max_queue,
         request=args.max_request_mb << 20,
+        grpc=args.max_grpc_mb << 20,
         pictures=args.max_pictures,
         scene=args.max_scene_mb << 20,
         scene_pixels=args.max_scene_pixels,

@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import io
 import math
+import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from kserve import Model
 from PIL import Image
@@ -27,6 +30,7 @@ from torch import nn
 
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
 from kserve_utils.predictor.pictures import (
+    MAX_SIDE,
     check_picture,
     check_scene,
     decode,
@@ -37,6 +41,7 @@ from kserve_utils.predictor.refusal import Refusal, bad
 
 QUEUE = Gauge("predictor_queue_length", "requests that wait or run")
 PICTURES = Counter("predictor_pictures", "pictures answered", ["kind"])
+_SCENES = "predictor-scenes-"
 SCENE_THRESHOLD = 0.05  # as predict_scene's own
 
 
@@ -46,7 +51,8 @@ class Limits:
 
     Attributes:
         queue: requests that wait or run; memory is bounded by queue x request.
-        request: bytes of a REST body or a gRPC message.
+        request: bytes of a REST body.
+        grpc: bytes of a gRPC message; protobuf can make forty times as many of them.
         pictures: of one V1 request.
         scene: bytes of a scene by the binary form of V2, which goes to a file.
         scene_pixels: of a scene whose format is decoded whole, 3 bytes each.
@@ -56,11 +62,22 @@ class Limits:
 
     queue: int = 16
     request: int = 64 << 20
+    grpc: int = 8 << 20
     pictures: int = 32
     scene: int = 2048 << 20
     scene_pixels: int = 100_000_000
     scenes: int = 2
     stall: float = 20.0
+
+
+def _remove_left_scenes() -> None:
+    """Remove the scenes of servers that were killed: a pod's /tmp outlives them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCENES}*"):
+        pid = folder.name.removeprefix(_SCENES).split("-")[0]
+        # in a container, the one before had this very number
+        gone = pid.isdigit() and not psutil.pid_exists(int(pid))
+        if gone or pid == str(os.getpid()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Turns(nn.Module):
@@ -120,7 +137,8 @@ class Detector(Model):
         # one more, which decodes while the others wait for their passes
         self._tiles = ThreadPoolExecutor(at_once + 1, "tile")
         self._scenes = ThreadPoolExecutor(1, "scene")
-        self._folder = tempfile.TemporaryDirectory(prefix="scenes-")
+        _remove_left_scenes()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_SCENES}{os.getpid()}-")
 
     def load(self) -> bool:
         """Answer one picture from end to end; ready only if that worked."""
@@ -228,6 +246,7 @@ class Detector(Model):
             return await self._scene(payload, None)
         finally:
             payload.cancelled.set()  # also when this coroutine is cancelled
+            payload.pictures = []  # a job that waits in a pool would hold them
 
     async def _scene(self, job: Job, path: Path | None) -> Job:
         loop = asyncio.get_running_loop()
@@ -253,6 +272,8 @@ class Detector(Model):
         image = job.pictures[0]
         if isinstance(image, Path):
             check_scene(image, self.limits.scene_pixels)
+        elif max(image.shape[:2]) > MAX_SIDE:
+            raise bad(f"scene: the shape {image.shape}, a side is at most {MAX_SIDE}")
         threshold = job.score_threshold
         if threshold is None:
             threshold = max(SCENE_THRESHOLD, self.meta["score_threshold"])

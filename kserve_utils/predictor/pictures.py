@@ -16,6 +16,7 @@ from PIL import Image
 from e2e_utils.scenes import TIFF_MAGIC, read_bands
 from kserve_utils.predictor.refusal import bad
 
+FORMATS = ("JPEG", "PNG", "TIFF")  # whose header is read without decoding pixels
 MAX_SIDE = 100_000  # a scene of 1 x 2,000,000,000 px would be millions of tiles
 
 _UNREADABLE = (
@@ -40,9 +41,11 @@ def check_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
         Refusal: 400, not a picture, too large, or not 8 bits a channel.
     """
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except _UNREADABLE as error:
-        raise bad(f"{where}: {len(content)} bytes that are not a picture") from error
+        raise bad(
+            f"{where}: {len(content)} bytes that are not a picture (JPEG, PNG or TIFF)"
+        ) from error
     width, height = picture.size
     if width * height > max_pixels:
         raise bad(
@@ -80,7 +83,7 @@ def check_scene(path: Path, max_pixels: int) -> tuple[int, int]:
         if tiff:
             height, width = read_bands(path, header_only=True)
         else:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
         windows = tiff and _by_windows(path)
     except _UNREADABLE as error:

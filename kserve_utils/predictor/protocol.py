@@ -29,6 +29,7 @@ OUTPUTS = {  # name -> datatype and shape of V2 and gRPC
     "names": ("BYTES", [-1]),
 }
 _GEOJSON = ("BYTES", [1])
+MAX_PARTS = 1_000_000  # of a JSON text; the pixels of a tile as nested lists are 90,000
 _KNOWN = ("scene", "score_threshold", "geojson", "binary_data_output")
 
 
@@ -69,7 +70,7 @@ def parse_v1(body: bytes, max_pictures: int) -> Job:
     Raises:
         Refusal: 400, with the handler's words.
     """
-    content = _json(body)
+    content = read_json(body)
     instances = content.get("instances") if isinstance(content, dict) else None
     if not isinstance(instances, list) or not instances:
         raise bad(
@@ -123,7 +124,8 @@ def parse_v2(head: object, rest: bytes | Path | None = None) -> Job:
     if rest is None and one.get("data") is None:
         raise bad('input image has no "data", and the binary form has its header')
     if rest is not None:
-        size = (one.get("parameters") or {}).get("binary_data_size")
+        told = one.get("parameters")
+        size = told.get("binary_data_size") if isinstance(told, dict) else None
         there = rest.stat().st_size if isinstance(rest, Path) else len(rest)
         if size != there:
             raise bad(f"binary_data_size is {size}, {there} bytes follow the JSON")
@@ -217,13 +219,25 @@ def _bytes(raw: bytes | Path | None, data: object, shape: list[int]):
     return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
-def _json(body: bytes) -> object:
+def read_json(body: bytes, what: str = "the body is not JSON") -> object:
+    """The value of a JSON text.
+
+    Raises:
+        Refusal: 400, not JSON, or of so many parts that they would fill the memory: an
+            empty object is 2 bytes here and 64 in Python.
+    """
     if not body:
         raise bad("the body is empty")
+    parts = sum(body.count(mark) for mark in (b"{", b"[", b'"'))
+    if parts > MAX_PARTS:
+        raise bad(
+            f"the JSON has {parts} objects, lists and texts, at most {MAX_PARTS} are "
+            "taken: send the bytes of a picture file"
+        )
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise bad(f"the body is not JSON: {error}") from error
+        raise bad(f"{what}: {error}") from error
 
 
 def _base64(text: str, where: str) -> bytes:

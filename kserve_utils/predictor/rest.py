@@ -22,7 +22,7 @@ from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect
 
 from kserve_utils.predictor.model import Detector
-from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
+from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2, read_json
 from kserve_utils.predictor.refusal import Refusal, bad
 
 REQUESTS = Counter("predictor_requests", "requests", ["protocol", "code"])
@@ -33,6 +33,7 @@ LATENCY = Histogram(
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
 )
 _SMALL = 1 << 16  # bytes of a body that no route here needs
+_PACE = 1e6  # bytes/s of a body, at least
 _HEAD = 1 << 20  # bytes of the JSON before a binary tensor
 _TEXT = {"content-type": "application/json"}
 
@@ -151,7 +152,7 @@ async def _read(
         if protocol == "v1":
             return await detector.aside(parse_v1, body, limits.pictures)
         return await detector.aside(_parse_json, body)
-    if not head.isdigit() or not 0 < int(head) <= _HEAD:
+    if not (head.isascii() and head.isdigit()) or not 0 < int(head) <= _HEAD:
         raise bad(f"{INFERENCE_CONTENT_LENGTH_HEADER} is {head!r}: 1 to {_HEAD}")
     most = max(limits.request, limits.scene)
     chunks = _chunks(request, length, most, limits.stall)
@@ -160,7 +161,7 @@ async def _read(
         text += chunk
         if len(text) >= int(head):
             break
-    fields = _json(bytes(text[: int(head)]))
+    fields = read_json(bytes(text[: int(head)]), "the body does not begin with JSON")
     parameters = fields.get("parameters") if isinstance(fields, dict) else None
     first = bytes(text[int(head) :])
     if not (isinstance(parameters, dict) and parameters.get("scene") is True):
@@ -176,16 +177,7 @@ async def _read(
 
 
 def _parse_json(body: bytes) -> Job:
-    return parse_v2(_json(body))
-
-
-def _json(text: bytes) -> object:
-    if not text:
-        raise bad("the body is empty")
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise bad(f"the body does not begin with JSON: {error}") from error
+    return parse_v2(read_json(body))
 
 
 async def _chunks(
@@ -194,11 +186,14 @@ async def _chunks(
     """The body in pieces.
 
     Raises:
-        Refusal: 413, more bytes than `most`, declared or sent; 408, none for `stall` s.
+        Refusal: 413, more bytes than `most`, declared or sent; 408, none for `stall` s,
+            or slower than `_PACE` on the whole: a caller holds a place meanwhile.
     """
     if length > most:
         raise _too_large(most)
     stream, total = request.stream(), 0
+    began = time.monotonic()
+    allowed = 2 * stall + (length or most) / _PACE
     while True:
         try:
             chunk = await asyncio.wait_for(anext(stream), stall)
@@ -206,6 +201,8 @@ async def _chunks(
             return
         except asyncio.TimeoutError as error:
             raise Refusal(408, f"no byte of the body for {stall:g} s") from error
+        if time.monotonic() - began > allowed:
+            raise Refusal(408, f"the body took more than {allowed:.0f} s")
         total += len(chunk)
         if total > most:
             raise _too_large(most)

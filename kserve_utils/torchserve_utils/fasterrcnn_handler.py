@@ -90,9 +90,13 @@ class FasterRCNNHandler(BaseHandler):
         if not isinstance(content, (bytes, bytearray)):
             raise _bad(index, "data must be text, the base64 of a picture")
         try:
-            picture = Image.open(io.BytesIO(content))  # reads the header only
+            # of these formats the header alone is read; ICO's, say, decodes
+            picture = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "TIFF"))
         except _UNREADABLE as error:
-            raise _bad(index, f"{len(content)} bytes that are not a picture") from error
+            raise _bad(
+                index,
+                f"{len(content)} bytes that are not a picture (JPEG, PNG or TIFF)",
+            ) from error
         width, height = picture.size
         if width * height > self.max_pixels:
             raise _bad(
