@@ -544,7 +544,7 @@ def save(step):
 
 fit(config, save=save, progress=False)
 # one write, so that lines of two processes do not mix
-os.write(1, (json.dumps([dist.get_rank(), saved]) + "\n").encode())
+os.write(1, (json.dumps([dist.get_rank(), saved]) + "\\n").encode())
 dist.destroy_process_group()
 """
 
