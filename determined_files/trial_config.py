@@ -171,7 +171,7 @@ def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
     return str(hparams["cache_dir"])
 
 
-def absolute_init(value):
+def absolute_init(value: object) -> object:
     """init_checkpoint as an absolute path, also each of a range to search.
 
     For whoever starts processes in other working directories.

@@ -82,7 +82,7 @@ def write_artefact(
         FileExistsError: `out_dir` holds something that is no artefact.
         ImportError: an engine's library is not installed.
         RuntimeError: an engine cannot run this architecture, or differs from torch by
-            more than 0.05 px or 1e-4, or by a box or a label.
+            more than 0.05 px or 1e-4, or by more than one box in a hundred.
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown:

@@ -294,7 +294,7 @@ def fit(
         if main:
             # best.pt first: killed in between, the run repeats this step and both
             # a metric is None where it has no ground truth
-            now = (metrics or {}).get(config.best_metric) or 0.0
+            now = metrics.get(config.best_metric) or 0.0
             if metrics and metrics["step"] == step and now == best:
                 save_checkpoint(output / "best.pt", content)
             if average is not None:

@@ -14,7 +14,11 @@ import yaml
 from serving import ROOT
 from test_k8s import strict
 
-from determined_files.trial_config import read_experiment, write_fake_tiles
+from determined_files.trial_config import (
+    absolute_init,
+    read_experiment,
+    write_fake_tiles,
+)
 from e2e_utils.config import TrainConfig
 from e2e_utils.optim import lr_factor
 
@@ -30,6 +34,7 @@ from ray_files.adapter import (  # noqa: E402
     experiment_config,
     place,
     prepare,
+    takes_gpu,
 )
 from ray_files.translate import translate  # noqa: E402
 
@@ -258,6 +263,25 @@ def test_tiles_can_be_given_and_paths_become_absolute(tmp_path):
     assert Path(place("runs")).is_absolute()
     assert below("/runs", "a", "b") == "/runs/a/b"
     assert below("s3://bucket/?region=x", "a") == "s3://bucket/a?region=x"
+
+
+def test_init_checkpoint_becomes_absolute_and_is_no_url():
+    assert absolute_init(None) is None
+    assert absolute_init("a/b.pt") == str(Path("a/b.pt").resolve())
+    searched = {"type": "categorical", "vals": ["a.pt", None]}
+    assert absolute_init(searched)["vals"] == [str(Path("a.pt").resolve()), None]
+    with pytest.raises(ValueError, match="every machine sees, got 's3://b/last.pt'"):
+        absolute_init("s3://b/last.pt")
+
+
+def test_gpus_for_some_of_the_workers_are_no_silent_cpus(monkeypatch):
+    for there, processes, wanted in ((0, 2, False), (2, 2, True), (8, 2, True)):
+        monkeypatch.setattr("ray.cluster_resources", lambda n=there: {"GPU": n})
+        assert takes_gpu(None, processes) is wanted
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1})
+    with pytest.raises(ValueError, match="1 GPU for 2 workers"):
+        takes_gpu(None, 2)
+    assert takes_gpu(True, 2) and not takes_gpu(False, 2)
 
 
 def test_steps_in_batches_reach_a_loop_that_counts_epochs(tmp_path):
