@@ -1,7 +1,7 @@
 """The predictor's engines against TorchServe: the same weights, pictures and requests.
 
-    python benchmarks/serve.py            # a ResNet-50 Faster R-CNN: some minutes
-    python benchmarks/serve.py --quick    # fasterrcnn_small: about a minute
+    python benchmarks/serve.py            # a ResNet-50 Faster R-CNN: 20 minutes
+    python benchmarks/serve.py --quick    # fasterrcnn_small: some 3 minutes
 
 Real servers on loopback, all up at once and asked in turns, in two rounds of which the
 better one counts: one client, then eight, each with a connection of its own and the

@@ -9,10 +9,13 @@ import sys
 import threading
 
 import numpy as np
+import onnx
+import openvino
 import pytest
 import torch
 from PIL import Image
 from serving import NAMES, ROOT, checkpoint, decode, jpeg
+from torchvision.ops import poolers
 
 from e2e_utils import artefact as artefacts
 from e2e_utils import engines, export
@@ -94,6 +97,29 @@ def test_the_artefact_holds_all_that_a_server_needs(artefact, stripped):
     # weights in half precision would move boxes
     size = (artefact / "model.bin").stat().st_size
     assert size > 0.9 * (artefact / "model.onnx").stat().st_size
+
+
+@pytest.mark.slow
+def test_the_graphs_have_nothing_that_is_known_to_be_slow(artefact):
+    nodes = onnx.load(str(artefact / "model.onnx")).graph.node
+    large = {"ScatterElements", "Expand"}  # what merges levels in torchvision's tracing
+    assert not [n.name for n in nodes if n.op_type in large and "roi_pool" in n.name]
+    makes = {output: node.op_type for node in nodes for output in node.output}
+    heads = [n for n in nodes if n.op_type == "Relu" and makes[n.input[0]] == "Gemm"]
+    assert heads  # of ONNX Runtime, which loses nothing by them
+    graph = openvino.Core().read_model(str(artefact / "model.xml")).get_ops()
+    names = {op.get_friendly_name(): op.get_type_name() for op in graph}
+    assert [names[n.name] for n in heads] == ["Maximum"] * len(heads)
+
+
+@pytest.mark.parametrize("count", [7, 1, 0])
+def test_levels_are_gathered_as_torchvision_scatters_them(count):
+    draw = torch.Generator().manual_seed(count)
+    levels = torch.randint(0, 4, (count,), generator=draw)
+    levels[levels == 2] = 1  # a level that nothing is pooled from
+    parts = [torch.rand(int((levels == i).sum()), 3, 2, 2) for i in range(4)]
+    wanted = poolers._onnx_merge_levels(levels, parts)
+    assert torch.equal(artefacts._gather_levels(levels, parts), wanted)
 
 
 @pytest.mark.slow
