@@ -21,6 +21,7 @@ from e2e_utils.train import TrainConfig, fit, read_metrics
 
 pytest.importorskip("ray")
 
+import ray  # noqa: E402
 from ray.train import Checkpoint  # noqa: E402
 
 from ray_files.adapter import ray_session  # noqa: E402
@@ -123,6 +124,19 @@ def test_a_run_tells_its_losses_and_keeps_its_newest_checkpoint(undisturbed):
     model, meta = model_from_checkpoint(kept / "best.pt")
     assert meta["class_names"] == ["background", "square", "bar", "dot"]
     assert not model.training
+
+
+def test_a_run_of_other_settings_names_the_run_in_its_way(tiles, tmp_path):
+    short = {"steps": 2, "eval_steps": 2}
+    kept = train(config(tiles, **short), 1, tmp_path, name="taken")["checkpoint"]
+    before = tables(kept)
+    with pytest.raises(ray.train.TrainingFailedError) as raised:
+        other = config(tiles, **short, momentum=0.5)
+        train(other, 1, tmp_path, name="taken", max_failures=0)
+    told = str(raised.value)
+    assert f"{tmp_path}/taken" in told and "(--name)" in told
+    assert "momentum" in told and "ray_worker_" not in told.splitlines()[-1]
+    assert tables(kept) == before
 
 
 def kill_a_worker(registry: Path, killed: list) -> None:
