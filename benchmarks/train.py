@@ -8,9 +8,9 @@ Both sides train fasterrcnn_resnet50_fpn from the same random weights on the sam
 drawn tiles of 300 px, two a step. The recipe is written plainly here: PIL and a flip
 for each picture, a resize to 800 px by the model's default, float32, `.item()` of each
 loss in each step. Ours is `e2e_utils.train.train_step` over `train_loader`: tiles at
-their own size; channels_last and bfloat16 where hardware has it. They take turns step
-by step. On a CPU one thread is used and the unit is images per second of CPU time, so
-that other programs weigh on neither side.
+their own size; channels_last and bfloat16 where the hardware has it. They take turns
+step by step. On a CPU one thread is used and the unit is images per second of CPU time,
+so that other programs weigh on neither side.
 
 First a check that both compute the same: without augmentation, in float32, at one
 input size, with one seed. On a CPU the losses of all steps must be equal to 1e-6. The
@@ -41,15 +41,15 @@ from torchvision.transforms import functional
 
 from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles, default_augment, train_loader
+from e2e_utils.hardware import (
+    PRECISIONS,
+    choose_precision,
+    find_device,
+    memory_format,
+)
 from e2e_utils.models import build_model
 from e2e_utils.sampling import StepSampler
-from e2e_utils.train import (
-    amp_dtype,
-    make_optimizer,
-    memory_format,
-    seed_step,
-    train_step,
-)
+from e2e_utils.train import make_optimizer, seed_step, train_step
 
 MODEL, BATCH, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 2, 0.0025, 300, 800
 
@@ -163,8 +163,10 @@ class Side:
         if self.ours:
             config = TrainConfig("", "", optimizer="sgd", lr=LR, weight_decay=decay)
             self.optimizer = make_optimizer(self.model, config)
-            self.dtype = None if plain else amp_dtype("auto", self.device)
-            self.model.to(memory_format=memory_format(self.dtype))
+            amp = "off" if plain else "auto"
+            precision = choose_precision(amp, MODEL, self.device)
+            self.dtype = PRECISIONS[precision]
+            self.model.to(memory_format=memory_format(precision))
             self.clip = 0.0 if plain else config.clip_grad
             augment = None if plain else default_augment()
             data = CocoTiles(tiles.image_dir, tiles.json_path, augment)
@@ -239,8 +241,8 @@ def main() -> None:
     parser.add_argument("--device", help="cuda if there is one")
     parser.add_argument("--workers", type=int, help="of both sides; 8 with a GPU")
     arguments = parser.parse_args()
-    cuda = (arguments.device or "cuda") == "cuda" and torch.cuda.is_available()
-    arguments.device = torch.device(arguments.device or ("cuda" if cuda else "cpu"))
+    arguments.device = find_device(arguments.device)
+    cuda = arguments.device.type == "cuda"
     arguments.clock = time.perf_counter if cuda else time.process_time
     if arguments.workers is None:
         arguments.workers = 8 if cuda else 0

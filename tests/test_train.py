@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.train import (
     TrainConfig,
-    amp_dtype,
     fit,
     lr_factor,
     make_optimizer,
@@ -209,7 +208,8 @@ def test_the_rate_warms_up_then_falls(tiles):
     [
         ({"optimizer": "adam"}, "'adamw' or 'sgd', got 'adam'"),
         ({"lr_scheduler": "step"}, "'cosine' or 'multistep', got 'step'"),
-        ({"amp": "yes"}, "'auto', 'on' or 'off', got 'yes'"),
+        ({"amp": "yes"}, "one of auto, off, bf16, fp16, got 'yes'"),
+        ({"device": "cuda:99"}, "device 'cuda:99', but torch .* finds"),
         ({"model": "yolo"}, "unknown model 'yolo'"),
         ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
         ({"cache": "ram"}, "'off', 'memory' or 'disk', got 'ram'"),
@@ -219,12 +219,6 @@ def test_the_rate_warms_up_then_falls(tiles):
 def test_a_wrong_value_is_quoted_with_the_valid_ones(tiles, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(config(tiles, tmp_path, **changes))
-
-
-def test_bfloat16_follows_the_hardware_unless_asked():
-    cpu = torch.device("cpu")
-    assert amp_dtype("off", cpu) is None and amp_dtype("on", cpu) is torch.bfloat16
-    assert amp_dtype("auto", torch.device("cuda")) is torch.bfloat16
 
 
 def test_every_field_is_a_flag():
@@ -617,6 +611,8 @@ def test_two_processes_under_torchrun_evaluate_like_one(tiles, tmp_path):
         "6",
         "--settings",
         settings,
+        "--amp",
+        "off",
     ]
     done = subprocess.run(
         list(map(str, command)),
