@@ -545,7 +545,7 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
 
 # tools beside the server: not part of what it runs
 ASIDE = ("local.py", "approve_bf16.py")
-CORE = ("engines", "models", "predict", "scenes", "tiling")
+CORE = ("engines", "grid", "models", "predict", "scenes")
 
 
 def imports(path) -> set[str]:
