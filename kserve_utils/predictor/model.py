@@ -245,10 +245,9 @@ class Detector(Model):
                     return await self._scene(payload, path)
             return await self._scene(payload, None)
         except torch.cuda.OutOfMemoryError as error:
-            # others on the GPU may have it now; what this job held is free again
-            raise Refusal(
-                503, "the GPU's memory is full: ask again later", 5
-            ) from error
+            # what this job held is free again; the rest may be another's on the GPU
+            reason = "the GPU's memory is full: ask again later, or send fewer pixels"
+            raise Refusal(503, reason, retry_after=5) from error
         finally:
             payload.cancelled.set()  # also when this coroutine is cancelled
             payload.pictures = []  # a job that waits in a pool would hold them
