@@ -61,7 +61,7 @@ def load_engine(
         device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
             engine is "torch", else the CPU, where the other engines always run. With
             fp32 on a GPU, TF32 is off from then on in the whole process: it keeps 10
-            bits and moves boxes by more than the 0.05 px of parity.
+            bits of a factor's 23, and engines that agree to 0.05 px need all.
         at_once: how many threads will call the detector at the same time; OpenVINO
             makes their passes wait for each other otherwise.
         approved_only: False for the measurement that approves a precision.
