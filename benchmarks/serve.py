@@ -50,8 +50,9 @@ from PIL import Image
 from e2e_utils.artefact import write_artefact
 from e2e_utils.client import predict_remote
 from e2e_utils.config import TrainConfig
-from e2e_utils.engines import load_engine, native_precisions, read_artefact
+from e2e_utils.engines import load_engine, read_artefact
 from e2e_utils.export import strip_checkpoint, write_mar, write_model_store
+from e2e_utils.hardware import native_precisions
 from e2e_utils.models import build_model, model_from_checkpoint
 from e2e_utils.predict import predict_image
 from e2e_utils.train import fit

@@ -3,7 +3,7 @@
     python -m e2e_utils.artefact --stripped-ckpt stripped.pth --out-dir artefact \\
         --tiles-dir tiles/val_images_300_02
 
-Copy: this file, engines.py and models.py.
+Copy: this file, engines.py, models.py and hardware.py.
 
 "torch" runs the checkpoint itself, "openvino" and "onnxruntime" a graph of it that is
 exported once. An export can go wrong without an error, therefore an artefact is written

@@ -1,6 +1,6 @@
 """Who runs a detector: an artefact as torch, OpenVINO or ONNX Runtime computes it.
 
-Copy: this file and models.py.
+Copy: this file, models.py and hardware.py.
 
 `load_engine` gives each of them as a detector in torchvision's convention, so that
 `predict_image` and `predict_scene` take it as they take a model. `artefact.py` writes
@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,17 +22,15 @@ import torch
 from torch import nn
 
 from e2e_utils import models
+from e2e_utils.hardware import PRECISIONS, find_device, native_precisions
 
 ENGINES = ("torch", "openvino", "onnxruntime")
-PRECISIONS = ("fp32", "bf16", "fp16")
 FILES = {
     "torch": ("model.pth",),
     "openvino": ("model.xml", "model.bin"),
     "onnxruntime": ("model.onnx",),
 }
 DESCRIBES = ("architecture", "settings", "class_names", "tile_size", "overlap")
-_CPU = torch.device("cpu")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TELLS = (*DESCRIBES, "model_name", "score_threshold", "max_pixels", "engines", "files")
 
 
@@ -81,7 +78,7 @@ def load_engine(
             artefact, or one without this engine, or a damaged file; bf16 or fp16 is not
             approved.
         ImportError: the engine's library is not installed.
-        RuntimeError: there is no such GPU; this device or engine has no such precision.
+        RuntimeError: this device or engine has no such precision.
     """
     if engine not in ENGINES:
         raise ValueError(f"no engine {engine!r}; valid: {', '.join(ENGINES)}")
@@ -123,24 +120,14 @@ def resolve_device(engine: str, device: str | None = None) -> torch.device:
 
     Raises:
         ValueError: no such device, or the engine does not run there.
-        RuntimeError: there is no such GPU.
     """
-    if device is None:
-        cuda = engine == "torch" and torch.cuda.is_available()
-        return torch.device("cuda", torch.cuda.current_device()) if cuda else _CPU
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"no device {device!r}; valid: cpu, cuda, cuda:0, cuda:1, ...")
-    if device == "cpu":
-        return _CPU
-    if engine != "torch":
+    if engine == "torch":
+        return find_device(device)
+    if find_device(device or "cpu").type != "cpu":
         raise ValueError(
             f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
         )
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        raise RuntimeError(f"no device {device!r} here: torch finds {count} GPUs")
-    return torch.device("cuda", index)
+    return torch.device("cpu")
 
 
 def _check_files(folder: Path, engine: str, meta: dict) -> None:
@@ -249,7 +236,7 @@ def _torch(
         torch.set_float32_matmul_precision("highest")
     module, _ = load_eager(folder / "model.pth", device)
     if precision != "fp32":
-        module = _Autocast(module, _DTYPES[precision])
+        module = _Autocast(module, PRECISIONS[precision])
     return module, torch.get_num_threads()
 
 
@@ -314,25 +301,6 @@ def require_libraries(engine: str, *further: str) -> None:
                 f"the engine {engine} needs the library {name} ({error}): pip install "
                 f"{name}, in the version of requirements.txt"
             ) from error
-
-
-def native_precisions(device: torch.device) -> tuple[str, ...]:
-    """Those of `PRECISIONS` that a device has units for, so that they pay there."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            try:
-                bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            except TypeError:  # an older torch, which counts no emulation
-                bf16 = torch.cuda.is_bf16_supported()
-            fp16 = torch.cuda.get_device_capability() >= (7, 0)  # Volta's and later
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        bf16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
-        if not able:  # torch before get_capabilities
-            asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            bf16 = any(getattr(torch.cpu, name, bool)() for name in asked)
-        fp16 = False
-    return ("fp32", *("bf16",) * bf16, *("fp16",) * fp16)
 
 
 def _check_native(

@@ -35,12 +35,12 @@ def find_device(name: str | None = None, index: int = 0) -> torch.device:
     Raises:
         ValueError: no such device, or it is not there.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"no device {name!r}: {str(error).splitlines()[0]}") from error
-    if device.type != "cuda":
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"no device {name!r}; valid: cpu, cuda, cuda:0, cuda:1, ...")
+    device = torch.device(name)
+    if device.type == "cpu":
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index is None:
@@ -53,20 +53,19 @@ def find_device(name: str | None = None, index: int = 0) -> torch.device:
     return device
 
 
-def native_precisions(device: torch.device) -> list[str]:
+def native_precisions(device: torch.device) -> tuple[str, ...]:
     """Those of `PRECISIONS` that the device has units for; "fp32" is always first."""
-    able = ["fp32"]
+    bf16 = fp16 = False
     if device.type == "cuda":
         with torch.cuda.device(device):
             try:
                 bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             except TypeError:  # torch before 2.5 knows no emulation
                 bf16 = torch.cuda.is_bf16_supported()
-        able += ["bf16"] * bf16
-        able += ["fp16"] * (torch.cuda.get_device_capability(device) >= (7, 0))
-    elif device.type == "cpu" and _cpu_has_bf16():
-        able.append("bf16")
-    return able
+        fp16 = torch.cuda.get_device_capability(device) >= (7, 0)  # from Volta on
+    elif device.type == "cpu":
+        bf16 = _cpu_has_bf16()
+    return ("fp32", *("bf16",) * bf16, *("fp16",) * fp16)
 
 
 def _cpu_has_bf16() -> bool:

@@ -228,6 +228,19 @@ def test_the_table_names_architectures_and_the_small_one_stays_in_float32():
     assert hardware.CPU_BF16_SPEEDUP["fasterrcnn_resnet50_fpn"] > hardware.WORTH
 
 
+def test_an_older_torch_counts_no_emulation(monkeypatch):
+    Card(monkeypatch, (7, 5), bf16=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert native_precisions(CUDA) == ("fp32", "fp16")
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", None])
+def test_a_cpu_has_bf16_by_what_torch_tells_of_it(monkeypatch, flag):
+    able = {name: name == flag for name in ("avx512_bf16", "amx_bf16", "avx2")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert native_precisions(CPU) == ("fp32", *["bf16"] * bool(flag))
+
+
 @pytest.mark.parametrize(
     ("flags", "has"),
     [
@@ -249,13 +262,16 @@ def test_a_system_without_such_flags_stays_in_float32(monkeypatch):
 
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(hardware, "_cpuinfo", none)
-    assert native_precisions(CPU) == ["fp32"]
-    assert native_precisions(torch.device("mps")) == ["fp32"]
+    assert native_precisions(CPU) == ("fp32",)
+    assert native_precisions(torch.device("mps")) == ("fp32",)
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda", "finds no GPU here: take 'cpu'"), ("gpu", "no device 'gpu': ")],
+    [
+        ("cuda", "finds no GPU here: take 'cpu'"),
+        ("gpu", "no device 'gpu'; valid: cpu, cuda, cuda:0"),
+    ],
 )
 def test_a_device_that_is_not_there_is_one_line(
     monkeypatch, capsys, tmp_path, device, message

@@ -20,8 +20,11 @@ from pathlib import Path
 from torch import nn
 
 from e2e_utils.data import CocoTiles, eval_loader
-from e2e_utils.engines import PRECISIONS, load_engine, read_artefact
+from e2e_utils.engines import load_engine, read_artefact
 from e2e_utils.evaluate import coco_metrics, detect
+from e2e_utils.hardware import PRECISIONS
+
+LOWER = [name for name, dtype in PRECISIONS.items() if dtype]
 
 MAX_DROP = 0.005
 
@@ -62,8 +65,8 @@ def approve_bf16(
             or the detector finds so little that AP is 0 and tells nothing.
         RuntimeError: this device or engine has no such precision.
     """
-    if precision not in PRECISIONS[1:]:
-        valid = ", ".join(PRECISIONS[1:])
+    if precision not in LOWER:
+        valid = ", ".join(LOWER)
         raise ValueError(f"no lower precision {precision!r}; valid: {valid}")
     folder = Path(artefact_dir)
     options = {"approved_only": False, "emulate": emulate, "device": device}
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="COCO file of labelled tiles")
     parser.add_argument("--images", required=True, help="folder of the tiles")
     parser.add_argument("--max-drop", type=float, default=MAX_DROP, help="of AP, 0..1")
-    parser.add_argument("--precision", default="bf16", choices=PRECISIONS[1:])
+    parser.add_argument("--precision", default="bf16", choices=LOWER)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; of torch, a GPU if any")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
