@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -44,6 +46,9 @@ from e2e_utils.engines import (
 BOX_TOLERANCE = 0.05  # pixels that a box may move between torch and another engine
 SCORE_TOLERANCE = 1e-4
 OPSET = 17  # torchvision's detectors are tested with the exporter of this age
+# layers of an exported graph by torch's names: boxes, and what stays in the network
+_BOXES = re.compile(r"/rpn/(?!head/)|/roi_heads/(?!box_head/|box_predictor/)")
+_COMPUTE = ("Const", "Convolution", "MatMul", "ROIAlign")
 
 
 def write_artefact(
@@ -284,6 +289,26 @@ def _to_openvino(path: Path, name: str) -> None:
         )
     except Exception as error:  # as above
         raise _cannot("openvino", name, error) from error
+    _keep_coordinates_in_float32(path.with_suffix(".xml"))
+
+
+def _keep_coordinates_in_float32(path: Path) -> None:
+    """Mark what computes proposals and boxes, so that it does so in bf16 too.
+
+    By itself OpenVINO leaves in float32 only what follows the last product. Proposals
+    came in bf16, above 256 px in steps of 2, and a fasterrcnn_small of 300 steps on
+    drawn shapes fell from an AP of 0.793 to 0.770 on 64 tiles; marked, it stays.
+    """
+    tree = ElementTree.parse(path)
+    for layer in tree.getroot().find("layers"):
+        if layer.get("type") in _COMPUTE or not _BOXES.search(layer.get("name")):
+            continue
+        marks = layer.find("rt_info")
+        if marks is None:
+            marks = ElementTree.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, marks)
+        ElementTree.SubElement(marks, "attribute", name="precise", version="0")
+    tree.write(path)
 
 
 def _keep_relu_apart(graph) -> None:

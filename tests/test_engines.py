@@ -112,6 +112,27 @@ def test_the_graphs_have_nothing_that_is_known_to_be_slow(artefact):
     assert [names[n.name] for n in heads] == ["Maximum"] * len(heads)
 
 
+@pytest.mark.slow
+def test_proposals_are_computed_in_float32_where_the_network_is_in_bf16(artefact):
+    core, hint = openvino.Core(), {"INFERENCE_PRECISION_HINT": "bf16"}
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16")
+    compiled = core.compile_model(str(artefact / "model.xml"), "CPU", hint)
+    network, boxes = set(), {}
+    for op in compiled.get_runtime_model().get_ops():
+        told = {key: value.astype(str) for key, value in op.get_rt_info().items()}
+        kind, precision = told["layerType"], told["runtimePrecision"]
+        if kind == "Convolution":
+            network.add(precision)
+        elif kind not in ("Reorder", "Convert", "ROIAlign"):  # between precisions
+            if artefacts._BOXES.search(op.get_friendly_name()):
+                boxes.setdefault(precision, []).append(op.get_friendly_name())
+    assert network == {"bf16"}
+    assert len(boxes["f32"]) > 50
+    # but for the pooling's own copy of the regions
+    assert all("/box_roi_pool/" in name for name in boxes.get("bf16", []))
+
+
 @pytest.mark.parametrize("count", [7, 1, 0])
 def test_levels_are_gathered_as_torchvision_scatters_them(count):
     draw = torch.Generator().manual_seed(count)
