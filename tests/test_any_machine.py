@@ -32,7 +32,8 @@ settings = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.02}  # of few 
 
 def trained(name, stop=None):
     config = TrainConfig(
-        str(tiles), str(folder / name), steps=6, eval_steps=6, settings=settings
+        str(tiles), str(folder / name), steps=6, eval_steps=6, device="cpu",
+        settings=settings,
     )
     calls = iter(range(1, 99))
     fit(config, should_stop=lambda: next(calls) == stop, progress=False)

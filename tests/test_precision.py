@@ -284,7 +284,7 @@ def test_a_device_that_is_not_there_is_one_line(
     assert message in str(ended.value) and "\n" not in str(ended.value)
 
 
-SHORT = {"steps": 4, "eval_steps": 4, "save_steps": 2, "lr": 1e-3}
+SHORT = {"steps": 4, "eval_steps": 4, "save_steps": 2, "lr": 1e-3, "device": "cpu"}
 SHORT |= {"settings": {"min_size": 96, "max_size": 96}}
 
 
