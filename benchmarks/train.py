@@ -7,10 +7,10 @@
 Both sides train fasterrcnn_resnet50_fpn from the same random weights on the same
 drawn tiles of 300 px, two a step, on a GPU eight. The recipe is written plainly here:
 PIL and a flip for each picture, a resize to 800 px by the model's default, float32,
-`.item()` of each loss in each step. Ours is `e2e_utils.train.train_step` over `train_loader`: tiles at
-their own size; channels_last and bfloat16 where the hardware has it. They take turns
-step by step. On a CPU one thread is used and the unit is images per second of CPU time,
-so that other programs weigh on neither side.
+`.item()` of each loss in each step. Ours is `e2e_utils.train.train_step` over
+`train_loader`: tiles at their own size; channels_last and bfloat16 where the hardware
+has it. They take turns step by step. On a CPU one thread is used and the unit is images
+per second of CPU time, so that other programs weigh on neither side.
 
 First a check that both compute the same: without augmentation, in float32, at one
 input size, with one seed. On a CPU the losses of all steps must be equal to 1e-6. The

@@ -211,21 +211,21 @@ def test_a_gpu_computes_in_what_it_has_units_for(
 
 
 def test_a_cpu_takes_bf16_only_for_architectures_that_gain(monkeypatch):
-    gain = {"ssd300_vgg16": 2.0, "fasterrcnn_small": 1.1}
+    gain = {"ssd300_vgg16": 2.0, "ssdlite320_mobilenet_v3_large": 0.8}
     monkeypatch.setattr(hardware, "CPU_BF16_SPEEDUP", gain)
     for has in (True, False):
         monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has=has: has)
         expected = "bf16" if has else "fp32"
         assert choose_precision("auto", "ssd300_vgg16", CPU) == expected
         assert choose_precision("auto", "fasterrcnn_small", CPU) == "fp32"
-        assert choose_precision("auto", "retinanet_resnet50_fpn_v2", CPU) == "fp32"
+        ssdlite = "ssdlite320_mobilenet_v3_large"
+        assert choose_precision("auto", ssdlite, CPU) == "fp32"
         assert choose_precision("bf16", "fasterrcnn_small", CPU) == "bf16"
 
 
-def test_the_table_names_architectures_and_the_small_one_stays_in_float32():
-    assert set(hardware.CPU_BF16_SPEEDUP) == set(models.MODELS)
-    assert hardware.CPU_BF16_SPEEDUP["fasterrcnn_small"] < hardware.WORTH
-    assert hardware.CPU_BF16_SPEEDUP["fasterrcnn_resnet50_fpn"] > hardware.WORTH
+def test_the_table_names_architectures_and_the_small_one_is_not_in_it():
+    assert set(hardware.CPU_BF16_SPEEDUP) < set(models.MODELS)
+    assert "fasterrcnn_small" not in hardware.CPU_BF16_SPEEDUP
 
 
 def test_an_older_torch_counts_no_emulation(monkeypatch):
@@ -384,7 +384,8 @@ def test_processes_on_unlike_gpus_choose_what_all_have(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [sys.executable, *launch, tmp_path / "unlike.py"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # without the GPU that may be here, or the second process wants one of its own
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
