@@ -36,14 +36,13 @@ HEADERS = {
 # Every package that requirements.txt leads to, with its hashes, for Python 3.10 to 3.13
 # on Linux and macOS. `make lock` writes it and `make` installs it; without make:
 #   pip install --no-deps -r requirements.lock
-# (--no-deps because sahi asks for opencv-python, which must not join the headless build)
+# --no-deps because sahi asks for opencv-python, which must not join the headless build.
 """,
     REST: """\
-# requirements.lock without torch, torchvision and the CUDA packages of PyPI's torch: for
-# PyTorch's CPU build (`make TORCH=cpu`), or a container that brings its own PyTorch.
-# torch and torchvision have no hash here: those builds lie on an index of PyTorch, which
-# gives the user's environment, not this file. `make lock` writes it; without make:
-#   pip install --no-deps -r requirements-without-torch.lock
+# requirements.lock without torch, torchvision and CUDA's packages: for PyTorch's build
+# for CPUs (`make TORCH=cpu`), and for a container that brings a PyTorch of its own.
+# torch and torchvision have no hash here: such a build comes from elsewhere, and is
+# pinned by its version in requirements.txt alone. Written by `make lock`.
 """,
 }
 
