@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 NOTEBOOKS := 01_install 02_data_prep 03_local_training 04_cluster_training 05_kserve_deploy
-# which PyTorch: empty for PyPI's; cpu for the build without CUDA, from TORCH_INDEX
-TORCH :=
+# Which PyTorch: empty for PyPI's; cpu for the build without CUDA, from TORCH_INDEX.
+# .venv/installed holds the answer, so that .venv stays with it.
+HELD := $(shell cat .venv/installed 2>/dev/null)
+TORCH := $(HELD)
 TORCH_INDEX :=
 pin = $(shell sed -n 's/^\($(1)==[^ ]*\).*/\1/p' requirements.txt)
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 
-.PHONY: help demo notebooks test test-fast lab lint lock bench clean
+.PHONY: help demo notebooks test test-fast lab lint lock bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
@@ -54,7 +56,11 @@ else
 	@$(UV) pip sync $(INTO) --require-hashes requirements.lock
 endif
 	@$(UV) pip install $(INTO) --no-deps --no-build-isolation -e .
-	@touch $@
+	@echo "$(TORCH)" > $@
+
+ifneq ($(TORCH),$(HELD))
+.venv/installed: another
+endif
 
 # Renews the lock files where requirements.txt asks for it; UPGRADE=1 takes the newest
 # of everything that is not pinned there.

@@ -40,7 +40,7 @@ HEADERS = {
 """,
     REST: """\
 # requirements.lock without torch, torchvision and CUDA's packages: for PyTorch's build
-# for CPUs (`make TORCH=cpu`), and for a container that brings a PyTorch of its own.
+# for CPUs (`make lab TORCH=cpu`), and for a container that brings a PyTorch of its own.
 # torch and torchvision have no hash here: such a build comes from elsewhere, and is
 # pinned by its version in requirements.txt alone. Written by `make lock`.
 """,

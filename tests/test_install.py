@@ -272,8 +272,7 @@ def test_make_installs_the_lock_once_and_again_when_it_was_renewed(copy, stubs):
     assert log_of(copy) == installs
     make(copy, ".venv/installed", python, path=path)
     assert log_of(copy) == []
-    later = (copy / ".venv" / "installed").stat().st_mtime + 10
-    os.utime(copy / LOCK, (later, later))
+    os.utime(copy / ".venv" / "installed", (1, 1))  # older than the lock
     make(copy, ".venv/installed", python, path=path)
     assert log_of(copy) == installs
 
@@ -303,6 +302,13 @@ def test_the_cpu_build_of_torch_comes_from_the_index_that_the_user_names(copy, s
         f"{pin('torch')} {pin('torchvision')}"
     )
     assert third.endswith("-e .")
+    make(copy, ".venv/installed", python, path=path)
+    assert log_of(copy) == []
+    os.utime(copy / ".venv" / "installed", (1, 1))  # older than the lock
+    (line,) = said(make(copy, ".venv/installed", python, path=path))
+    assert "TORCH=cpu needs TORCH_INDEX" in line and log_of(copy) == []
+    make(copy, ".venv/installed", python, "TORCH=", path=path)
+    assert log_of(copy)[0] == f"sync --require-hashes {LOCK}"
 
 
 @pytest.mark.parametrize(
