@@ -46,7 +46,7 @@ INTO := -q --python $(BIN)/python
 	  cpu:) echo "TORCH=cpu needs TORCH_INDEX, the address of PyTorch's index for CPUs"; exit 1 ;; \
 	  *) echo "TORCH=$(TORCH) is unknown: leave it out, or TORCH=cpu"; exit 1 ;; esac
 	$(venv)
-	@echo "installing into .venv (about a minute and 7 GB)"
+	@echo "installing into .venv (a minute or two; 7 GB, 4 of them CUDA)"
 	@test $(UV) = uv || $(PIP) $(call pin,uv)
 ifeq ($(TORCH),cpu)
 	@$(UV) pip sync $(INTO) --require-hashes requirements-without-torch.lock
