@@ -36,7 +36,7 @@ CPU_BF16_SPEEDUP = {
     "convnext_large_fasterrcnn_model": 1.57,
 }
 # fasterrcnn_small is left out on purpose. It gains too, but its runs take minutes
-# anyway, and in float32 the figures of the notebooks are the same on every CPU.
+# anyway, and so the figures of the notebooks differ between CPUs by rounding alone.
 WORTH = 1.3  # a smaller gain is not worth 16 of 24 bits
 
 
