@@ -158,7 +158,7 @@ FAMILIES = [
 ]
 # of our other bodies, under the same head, what reaches the body
 BODIES = ["efficientnet_b4_fasterrcnn_model", "resnet152_fasterrcnn_model"]
-OF_THE_BODY = ("trainable_backbone_layers", "backbone_norm", "anchor_sizes")
+OF_THE_BODY = ("trainable_backbone_layers", "backbone_norm", "norm_eps", "anchor_sizes")
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *BODIES])
