@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import tempfile
 
 # Workers of pytest-xdist share the cores: one thread each, and in what they start.
@@ -15,6 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # is short, because the path of a socket may have 107 characters.
 SHARED = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-", dir=SHARED)
+
+# The processes of a trial of Determined meet at fixed ports, unless told others.
+for name in ("INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2"):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ[name] = str(free.getsockname()[1])
 
 # ruff: noqa: E402
 import cv2
