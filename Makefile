@@ -11,15 +11,29 @@ TORCH_INDEX :=
 pin = $(shell sed -n 's/^\($(1)==[^ ]*\).*/\1/p' requirements.txt)
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 
-.PHONY: help demo notebooks test test-fast lab lint lock bench clean another
+# The jobs of CI. Every test file is in exactly one of them: what is named nowhere else
+# belongs to test-core.
+CLUSTER := $(wildcard tests/test_determined_*.py tests/test_ray*.py)
+SERVING := $(patsubst %,tests/test_%.py,client engines export faults k8s predictor torchserve)
+CORE := $(filter-out $(CLUSTER) $(SERVING),$(wildcard tests/test_*.py))
+# Two processes of pytest, because many tests wait for processes of their own. A file
+# stays in one of them with its fixtures, and the notebooks, which take longest, begin.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --durations=40
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo notebooks test test-fast test-core test-cluster test-serving \
+  test-notebooks lab lint lock types bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
 	@echo "make test       all tests, the notebooks among them"
 	@echo "make test-fast  without notebooks and servers"
+	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make lint       ruff"
 	@echo "make lock       the lock files anew from requirements.txt"
+	@echo "make types      mypy"
 	@echo "make notebooks  the outputs of the last demo into notebooks/"
 	@echo "make bench      the benchmarks, a minute or a few each"
 
@@ -83,16 +97,31 @@ notebooks: .venv/installed
 	@$(BIN)/python tests/notebooks/refresh.py $(RUN) notebooks
 
 test: .venv/installed
-	@$(BIN)/python -m pytest
+	@$(PYTEST) $(PARALLEL)
 
 test-fast: .venv/installed
-	@$(BIN)/python -m pytest -m "not slow and not notebook"
+	@$(PYTEST) $(PARALLEL) -m "not slow and not notebook"
+
+test-core: .venv/installed
+	@$(PYTEST) $(PARALLEL) $(CORE)
+
+test-cluster: .venv/installed
+	@$(PYTEST) $(PARALLEL) $(CLUSTER)
+
+test-serving: .venv/installed
+	@$(PYTEST) $(PARALLEL) $(SERVING)
+
+test-notebooks: .venv/installed
+	@$(PYTEST) tests/notebooks
 
 lab: .venv/installed
 	@$(BIN)/python -m jupyterlab notebooks
 
 lint: .venv/installed
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+
+types: .venv/installed
+	@$(BIN)/python -m mypy
 
 bench: .venv/installed
 	@for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

@@ -33,6 +33,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import determined as det
 import torch.distributed as dist
@@ -203,7 +204,7 @@ def _restore(core_context: core.Context, checkpoint: Path, output: Path) -> None
 
 
 @contextlib.contextmanager
-def _core_context(**options) -> Iterator[core.Context]:
+def _core_context(**options: Any) -> Iterator[core.Context]:
     """core.init, within the processes of torchrun or of Determined's launcher."""
     distributed, joined = None, dist.is_initialized()
     if start_process_group()[1] > 1:
@@ -263,10 +264,10 @@ def run_local(
 def run_on_cluster(info: det.ClusterInfo, report: Callable | None = None) -> dict:
     """Train as the trial that Determined started this process for."""
     with _core_context() as core_context, contextlib.ExitStack() as stack:
-        distributed, output = core_context.distributed, None
+        distributed, made = core_context.distributed, None
         if distributed.local_rank == 0:
-            output = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_"))
-        output = Path(distributed.broadcast_local(output))
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_"))
+        output = Path(distributed.broadcast_local(made))
         if info.latest_checkpoint:
             with core_context.checkpoint.restore_path(info.latest_checkpoint) as path:
                 _restore(core_context, path, output)
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_cluster = info is not None and info.task_type == "TRIAL"
     level = logging.INFO if on_cluster or options.verbose else logging.WARNING
     logging.basicConfig(level=level, format=det.LOG_FORMAT)
-    if on_cluster:
+    if info is not None and on_cluster:
         run_on_cluster(info, show)
         return
     if not (options.config and options.output_dir):

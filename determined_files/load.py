@@ -18,8 +18,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils.models import build_model
 
-DESCRIPTION = ("architecture", "settings", "class_names", "tile_size", "overlap")
-DESCRIPTION += ("step", "metrics")
+DESCRIPTION: tuple[str, ...] = ("architecture", "settings", "class_names")
+DESCRIPTION += ("tile_size", "overlap", "step", "metrics")
 
 
 def read_trial_checkpoint(path: str | Path) -> dict:

@@ -19,6 +19,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import appdirs
 import determined as det
@@ -70,7 +71,7 @@ def fit_trial(
     latest_checkpoint: str | None,
     offset: int = 0,
     test_mode: bool = False,
-    **options,
+    **options: Any,
 ) -> None:
     """Give the lengths among the hyperparameters to Determined's Trainer."""
     validation = hparams.get("validation_batches") or trial.epoch
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_cluster = info is not None and info.task_type == "TRIAL"
     level = logging.INFO if on_cluster or options.verbose else logging.WARNING
     logging.basicConfig(level=level, format=det.LOG_FORMAT)
-    if on_cluster:
+    if info is not None and on_cluster:
         run_on_cluster(info, show)
         return
     if not options.config:

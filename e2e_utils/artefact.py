@@ -22,11 +22,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from torch import nn
+from torch.onnx import operators
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import boxes as box_ops
 from torchvision.ops import poolers
@@ -109,7 +111,7 @@ def write_artefact(
         odd = ", ".join(sorted(set(meta) ^ set(DESCRIBES)))
         raise ValueError(f"{stripped} is not stripped ({odd}): use strip_checkpoint")
     drawn = tiles is None
-    pictures = _noise(meta["tile_size"]) if drawn else _checked(tiles)
+    pictures = _noise(meta["tile_size"]) if tiles is None else _checked(tiles)
     description = {key: meta[key] for key in DESCRIBES}
     description |= {"model_name": model_name, "score_threshold": score_threshold}
     description |= {"max_pixels": max_pixels, "engines": wanted}
@@ -132,7 +134,7 @@ def write_artefact(
         empty = np.zeros_like(pictures[0])
         if not len(_run(model, [empty])[0]["scores"]):  # nor may others find some there
             pictures, of_torch = [*pictures, empty], of_torch + _run(model, [empty])
-        parity = {"torch": {"pictures": "noise" if drawn else "tiles"}}
+        parity: dict[str, dict] = {"torch": {"pictures": "noise" if drawn else "tiles"}}
         parity["torch"]["checked"] = len(pictures)
         parity["torch"]["boxes"] = sum(len(found["scores"]) for found in of_torch)
         for engine in wanted[1:]:
@@ -212,7 +214,7 @@ def _nms_of_any_count(
     scores_ = torch.cat([scores, scores.new_tensor([-1.0])])
     labels = torch.cat([labels, labels.new_zeros(1)])
     keep = box_ops._batched_nms_coordinate_trick(boxes, scores_, labels, threshold)
-    return keep[keep < torch.onnx.operators.shape_as_tensor(scores)[0]]
+    return keep[keep < operators.shape_as_tensor(scores)[0]]
 
 
 def _decode_of_any_count(
@@ -311,7 +313,7 @@ def _keep_coordinates_in_float32(path: Path) -> None:
     tree.write(path)
 
 
-def _keep_relu_apart(graph) -> None:
+def _keep_relu_apart(graph: Any) -> None:
     """Write Relu after a product of matrices as the maximum with 0, in place.
 
     OpenVINO computes a product that a Relu is fused into by another kernel, which on

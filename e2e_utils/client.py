@@ -82,6 +82,7 @@ def predict_remote(
         # a scene's boxes are merged after it; TorchServe, which has none, ignores it
         parameters["score_threshold"] = score_threshold
     base = base_url.rstrip("/")
+    body: bytes | _Pieces
     if protocol == "v1":
         url = f"{base}/v1/models/{model_name}:predict"
         body, headers = _v1(image, parameters)
@@ -95,8 +96,9 @@ def predict_remote(
         raise RemoteError(_failure(url, response, host), response.status_code)
     try:
         answer = response.json()
-        rows = [_row(r) for r in answer["predictions"][0]] if protocol == "v1" else None
-        found = _columns(answer) if rows is None else None
+        v1 = protocol == "v1"
+        rows = [_row(r) for r in answer["predictions"][0]] if v1 else []
+        found = {} if v1 else _columns(answer)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RemoteError(
             f"{url} answered 200, but not with boxes: {response.text[:200]!r}", 200
@@ -107,7 +109,7 @@ def predict_remote(
             "predictor, or slice it here with predict.predict_scene",
             200,
         )
-    if found is None:
+    if v1:
         found = _labelled(url, rows, class_names)
     if score_threshold is not None:
         keep = found["scores"] >= np.float32(score_threshold)
@@ -127,7 +129,7 @@ def _v1(image: bytes | str | Path, parameters: dict) -> tuple[bytes, dict]:
 def _v2(image: bytes | str | Path, parameters: dict) -> tuple[_Pieces, dict]:
     """The binary form of KServe's V2: a JSON head, then the tensor's bytes."""
     size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
-    tensor = {"name": "image", "datatype": "UINT8", "shape": [size]}
+    tensor: dict = {"name": "image", "datatype": "UINT8", "shape": [size]}
     tensor["parameters"] = {"binary_data_size": size}
     content: dict = {"inputs": [tensor]}
     if parameters:
@@ -193,7 +195,7 @@ def _columns(answer: dict) -> dict:
     """The four outputs of a V2 answer."""
     data = {output["name"]: output["data"] for output in answer["outputs"]}
     boxes, labels, scores, names = (data[name] for name in _OUTPUTS)
-    found = {
+    found: dict = {
         "boxes_xyxy": np.array(boxes, dtype=np.float32).reshape(-1, 4),
         "labels": np.array(labels, dtype=np.int64),
         "scores": np.array(scores, dtype=np.float32),

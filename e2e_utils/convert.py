@@ -138,13 +138,13 @@ def tif_to_rgb(
             bands = read_bands(tif) if percentile is not None else read_rgb(tif)
             if bands.ndim != 3 or bands.shape[2] not in (3, 4):
                 raise ValueError(f"{tif}: shape {bands.shape}; 3 or 4 bands are needed")
-            if bands.dtype != np.uint8:
+            if percentile is not None and bands.dtype != np.uint8:
                 bands = _scaled(bands[..., :3], percentile)
         except ValueError as error:
             report.failed[tif.name] = str(error)
             return "failed"
         bgr = cv2.cvtColor(bands[..., :3], cv2.COLOR_RGB2BGR)
-        write_atomically(png, [cv2.imencode(".png", bgr)[1]])
+        write_atomically(png, [cv2.imencode(".png", bgr)[1].data])
         return "converted"
 
     bar = tqdm(total=len(files), desc="TIFF to PNG", disable=not progress)
@@ -190,7 +190,7 @@ class ConversionReport:
     unlabelled: int = 0  # scenes in the folder that no feature names: in no split
 
     def __str__(self) -> str:
-        rows = {"features read": self.features, "  kept": self.kept}
+        rows: dict[str, object] = {"features read": self.features, "  kept": self.kept}
         rows |= {f"  dropped: {reason}": n for reason, n in self.dropped.items()}
         for split, count in self.images.items():
             rows[split] = f"{count} scenes, {self.annotations[split]} boxes"
@@ -410,19 +410,20 @@ def geojson_to_coco(
     classes = read_classes(category_id_remapping, xview_class_labels)
     number = {file.name: i for i, file in enumerate(files)}
     lookup = {type_id: new for type_id, (new, _) in classes.items()}
-    places = [Counter() for _ in files]  # of each scene, for the grouped split
+    # how often each scene has which cat_id, for the grouped split
+    places: list[Counter[str]] = [Counter() for _ in files]
     pieces = []
     for rows in _read_labels(Path(train_geojson_path)):
-        texts = [row.bounds_imcoords for row in rows]
-        scene = [number.get(row.image_id, -1) for row in rows]
+        bounds = [row.bounds_imcoords for row in rows]
+        of_scene = [number.get(row.image_id, -1) for row in rows]
         if split == "grouped":
-            for row, i, text in zip(rows, scene, texts, strict=True):
+            for row, i, text in zip(rows, of_scene, bounds, strict=True):
                 if i >= 0 and text:
                     places[i][str(row.cat_id)] += 1
-        empty = np.array([not text for text in texts], bool)
-        category = [lookup.get(row.type_id, -1) for row in rows]
-        texts = [text if isinstance(text, str) else "" for text in texts]
-        pieces.append((scene, category, empty, *_parse_bounds(texts)))
+        empty = np.array([not text for text in bounds], bool)
+        classed = [lookup.get(row.type_id, -1) for row in rows]
+        texts = [text if isinstance(text, str) else "" for text in bounds]
+        pieces.append((of_scene, classed, empty, *_parse_bounds(texts)))
     scene, category, empty, xyxy, good = (
         np.concatenate([np.asarray(piece[i], kind) for piece in pieces])
         for i, kind in enumerate((np.int64, np.int64, bool, np.int64, bool))
@@ -489,10 +490,11 @@ def geojson_to_coco(
             }
             for image_id, i in enumerate(members, 1)
         ]
-        rows = [boxes[cuts[i] : cuts[i + 1]] for i in members]
+        in_scene = [boxes[cuts[i] : cuts[i + 1]] for i in members]
         report.images[name] = len(images)
-        report.annotations[name] = sum(map(len, rows))
-        write_atomically(out / f"{name}.json", _coco_parts(images, rows, categories))
+        report.annotations[name] = sum(map(len, in_scene))
+        parts = _coco_parts(images, in_scene, categories)
+        write_atomically(out / f"{name}.json", parts)
     return report
 
 

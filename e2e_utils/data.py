@@ -68,7 +68,7 @@ class CocoTiles(Dataset):
         self.class_names = ["background"] + [c["name"] for c in categories]
         self.images = self.coco["images"]
         self._targets = self._make_targets()
-        kind = {False: "off", True: "memory"}.get(cache, cache)
+        kind = cache if isinstance(cache, str) else ("memory" if cache else "off")
         if kind not in ("off", "memory", "disk"):
             raise ValueError(f"cache must be 'off', 'memory' or 'disk', got {cache!r}")
         self._cache: list | None = None
@@ -271,8 +271,9 @@ def train_loader(
 
     The arguments are those of `StepSampler`, and `workers`, the processes that load.
     """
+    tiles = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no __len__
     sampler = StepSampler(
-        len(dataset), batch_size, steps, start, seed, rank, world_size, repeats, groups
+        tiles, batch_size, steps, start, seed, rank, world_size, repeats, groups
     )
     return DataLoader(
         dataset,
@@ -294,8 +295,9 @@ def eval_loader(
     world_size: int = 1,
 ) -> DataLoader:
     """A loader over this rank's share of the tiles, each tile exactly once."""
+    tiles = len(dataset)  # type: ignore[arg-type]  # as above
     return DataLoader(
-        torch.utils.data.Subset(dataset, range(rank, len(dataset), world_size)),
+        torch.utils.data.Subset(dataset, range(rank, tiles, world_size)),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,

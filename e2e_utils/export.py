@@ -66,9 +66,9 @@ def strip_checkpoint(
     if path.is_dir():
         path = path / "state_dict.pth"
     checkpoint = _load(path)
-    given = {"architecture": architecture, "class_names": class_names}
+    given: dict = {"architecture": architecture, "class_names": class_names}
     given |= {"settings": settings, "tile_size": tile_size, "overlap": overlap}
-    known = {"settings": {}, "tile_size": 300, "overlap": 0.2}
+    known: dict = {"settings": {}, "tile_size": 300, "overlap": 0.2}
     said = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
     known |= {k: said[k] for k in DESCRIBES if k in said}
     known |= {k: v for k, v in given.items() if v is not None}
@@ -98,8 +98,9 @@ def _load(path: Path) -> dict:
     """A checkpoint read as data: tensors, plain Python, numpy arrays, a Namespace."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    reconstruct = np._core.multiarray._reconstruct
-    harmless = [  # Determined saves numpy's random state, torchvision its arguments
+    reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    # Determined saves numpy's random state, torchvision its arguments
+    harmless: list = [
         argparse.Namespace,
         np.ndarray,
         np.dtype,
@@ -258,7 +259,9 @@ job_queue_size=10
 """
 
 
-def write_model_store(mar_path: str | Path, out_dir: str | Path, **addresses) -> Path:
+def write_model_store(
+    mar_path: str | Path, out_dir: str | Path, **addresses: object
+) -> Path:
     """Write the tree that KServe's TorchServe expects on its volume.
 
     config/config.properties, model-store/properties.json and model-store/<name>.mar.

@@ -102,8 +102,8 @@ def confusion_matrix(
     of_found = np.array([label[i] for i in found_category.tolist()], np.int64)
     matrix = np.zeros((len(label) + 1, len(label) + 1), np.int64)
     np.add.at(matrix, (of_object[objects], of_found[found]), 1)
-    np.add.at(matrix, (0, np.delete(of_found, found)), 1)
-    np.add.at(matrix, (np.delete(of_object, objects), 0), 1)
+    matrix[0] += np.bincount(np.delete(of_found, found), minlength=len(matrix))
+    matrix[:, 0] += np.bincount(np.delete(of_object, objects), minlength=len(matrix))
     return matrix
 
 

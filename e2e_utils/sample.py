@@ -35,7 +35,7 @@ INGEST_TIME = "2017/07/24 12:49:09.118+00"
 CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
 
 
-def draw_dataset(output_dir, scenes: int = 12, seed: int = 0) -> Path:
+def draw_dataset(output_dir: str | Path, scenes: int = 12, seed: int = 0) -> Path:
     """Draw `scenes` scenes and their labels into `output_dir`; return its path.
 
     Writes `train_images/<number>.tif` (uint8 RGB, uncompressed, 1,000 to 1,400 px a
@@ -79,7 +79,9 @@ def scene_number(index: int) -> int:
     return 5 + 97 * index + (37 * index * index) % 61
 
 
-def scene_features(index: int, seed: int, objects, height: int, width: int) -> list:
+def scene_features(
+    index: int, seed: int, objects: list[tuple], height: int, width: int
+) -> list:
     """GeoJSON features of one scene: its objects, then this scene's defects.
 
     `objects`: (type_id, x1, y1, x2, y2) in pixels.
@@ -87,7 +89,7 @@ def scene_features(index: int, seed: int, objects, height: int, width: int) -> l
     if not objects:
         return []
     rng = np.random.default_rng(np.random.SeedSequence((seed, 3, index)))
-    rows = [(type_id, box) for type_id, *box in objects]
+    rows: list[tuple] = [(type_id, box) for type_id, *box in objects]
     for type_id in (75, 82):
         x, y = (int(rng.integers(60, side - 60)) for side in (width, height))
         rows.append((type_id, [x, y, x + 24, y + 18]))
@@ -213,7 +215,7 @@ def _write(root, name, content):
     os.replace(partial, root / name)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line: draw, then say what was drawn."""
     parser = argparse.ArgumentParser(
         prog="python -m e2e_utils.sample",

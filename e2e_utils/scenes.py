@@ -23,7 +23,7 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 def _read_tiff(path: Path, header_only: bool = False) -> Any:
     with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
+        page: Any = tiff.pages[0]  # a TiffPage: the first always is
         bands_first = page.ndim == 3 and page.planarconfig == 2
         shape = page.shape[1:] if bands_first else page.shape
         if header_only:
@@ -135,7 +135,7 @@ class FailedScenes(RuntimeError):
         super().__init__("\n".join([f"{len(lines)} scene(s) failed:", *lines]))
 
 
-def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file that appears whole or not at all: beside, then renamed.
 
     Args:
@@ -202,7 +202,7 @@ def write_tiles(
             jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
             total += jpeg.size
             with open(f"{beside}/{name}", "wb", buffering=0) as file:
-                rest = memoryview(jpeg.reshape(-1))
+                rest = jpeg.reshape(-1).data
                 while rest:  # unbuffered, a nearly full disk may take a part only
                     rest = rest[file.write(rest) :]
         unsealed = {"names": sorted({*tiles, *old["names"]})}

@@ -157,12 +157,15 @@ def three_scores(
         "tiles with objects", "all tiles", "whole scenes": each the figures of
         `coco_metrics`, and "xview" and "xview_every_object", mAP of `xview_score`.
     """
-    tile_truth = read_ground_truth(tile_truth, tile_detections)
-    scene_truth = read_ground_truth(scene_truth, scene_detections)
-    filled = sorted({row["image_id"] for row in tile_truth["annotations"]})
-    tiles, scenes = (tile_truth, tile_detections), (scene_truth, scene_detections)
+    tiles = read_ground_truth(tile_truth, tile_detections), tile_detections
+    scenes = read_ground_truth(scene_truth, scene_detections), scene_detections
+    filled = sorted({row["image_id"] for row in tiles[0]["annotations"]})
 
-    def scores(pair: tuple, caps: tuple, ids: list[int] | None = None) -> dict:
+    def scores(
+        pair: tuple[dict, list[dict]],
+        caps: tuple[int, int, int],
+        ids: list[int] | None = None,
+    ) -> dict:
         figures = coco_metrics(*pair, caps, ids)
         figures["xview"] = xview_score(*pair, image_ids=ids)["mAP"]
         full = xview_score(*pair, every_object=True, image_ids=ids)

@@ -123,7 +123,8 @@ def open_store(
 
 
 def _listing(store: ObjectStore) -> dict[str, dict[str, Any]]:
-    found = {meta["path"]: meta for batch in obstore.list(store) for meta in batch}
+    metas = (meta for batch in obstore.list(store) for meta in batch)
+    found = {meta["path"]: dict(meta) for meta in metas}
     for path in found:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise StorageError(f"object {path!r} would be written outside the folder")
@@ -162,11 +163,12 @@ def _etag(file: Path, multipart: bool) -> str:
     return whole.hexdigest()
 
 
-def _again(what: str, action: Callable[[], None], retries: int) -> None:
+def _again(what: str, action: Callable[[], object], retries: int) -> None:
     """Do, and do again after a fault that may pass, such as a download cut short."""
     for attempt in range(retries + 1):
         try:
-            return action()
+            action()
+            return
         except (exceptions.BaseError, StorageError) as error:
             reason = " ".join(str(error).split())[:400]
             if isinstance(error, DENIED) or re.search("status code: 40[13]", reason):
@@ -389,9 +391,9 @@ def sync(
         record.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=record.parent) as beside:
             fetch(name, Path(beside, "tar"))
-            files = _unpack(Path(beside, "tar"), folder, Path(beside, "file"))
+            unpacked = _unpack(Path(beside, "tar"), folder, Path(beside, "file"))
             done = Path(beside, "record")
-            done.write_text(json.dumps({"version": version, "files": files}))
+            done.write_text(json.dumps({"version": version, "files": unpacked}))
             os.replace(done, record)
         return meta["size"]
 
@@ -415,10 +417,11 @@ def _unpack(tar: Path, folder: Path, part: Path) -> dict[str, int]:
     with tarfile.open(tar) as archive:
         for member in archive:
             path = PurePosixPath(member.name)
-            if not member.isfile() or path.is_absolute() or ".." in path.parts:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None or path.is_absolute() or ".." in path.parts:
                 raise StorageError(f"{member.name!r} in a tar is no file of the folder")
             with open(part, "wb") as target:
-                shutil.copyfileobj(archive.extractfile(member), target)
+                shutil.copyfileobj(content, target)
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, folder / path)
             files[member.name] = member.size

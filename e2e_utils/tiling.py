@@ -235,7 +235,9 @@ def _json_lists(scenes: list[_Scene]) -> tuple[Iterator[bytes], Iterator[bytes]]
     return images(), annotations()
 
 
-def _save(scenes: list[_Scene], coco: _Coco, report: TilingReport, settings: dict):
+def _save(
+    scenes: list[_Scene], coco: _Coco, report: TilingReport, settings: dict
+) -> None:
     """Write the COCO file of the tiles and the manifest."""
 
     def joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -276,8 +278,8 @@ def _save(scenes: list[_Scene], coco: _Coco, report: TilingReport, settings: dic
         for s in scenes
     ]
     head = msgspec.json.encode({"settings": settings, "scenes": sizes})[:-1]
-    parts = ([head, b',"tiles":['], joined(tiles), [b"]}"])
-    write_atomically(report.manifest, chain.from_iterable(parts))
+    manifest = ([head, b',"tiles":['], joined(tiles), [b"]}"])
+    write_atomically(report.manifest, chain.from_iterable(manifest))
 
 
 def slice_coco(

@@ -29,6 +29,12 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def _rgb(label: int) -> tuple[float, float, float]:
+    """The same colour as matplotlib takes it, 0..1."""
+    red, green, blue = class_color(label)
+    return red / 255, green / 255, blue / 255
+
+
 def draw_boxes(
     image: np.ndarray,
     boxes_xyxy: np.ndarray,
@@ -120,10 +126,7 @@ def show(
         if titles:
             axis.set_title(titles[index], fontsize=10)
     if present:
-        handles = [
-            Patch(color=np.array(class_color(i)) / 255, label=class_names[i])
-            for i in present
-        ]
+        handles = [Patch(color=_rgb(i), label=class_names[i]) for i in present]
         figure.legend(
             handles=handles,
             loc="outside lower center",
@@ -173,11 +176,9 @@ def bars(
         log: logarithmic axis.
         form: format of the values beside the bars.
     """
-    order = sorted(values, key=values.get)
+    order = sorted(values, key=values.__getitem__)
     colors = [
-        np.array(class_color(list(class_names).index(name))) / 255
-        if name in class_names
-        else "tab:blue"
+        _rgb(list(class_names).index(name)) if name in class_names else "tab:blue"
         for name in order
     ]
     height = 0.7 + 0.28 * len(order)
@@ -241,7 +242,11 @@ def size_histogram(
     low, high = min(4.0, every.min()), max(128.0, every.max())
     figure, axis = plt.subplots(figsize=(7.5, 3), layout="constrained")
     axis.hist(
-        sides, np.geomspace(low, high, 30), stacked=True, label=list(areas), rwidth=0.95
+        sides,
+        np.geomspace(low, high, 30).tolist(),
+        stacked=True,
+        label=list(areas),
+        rwidth=0.95,
     )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")

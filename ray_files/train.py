@@ -102,7 +102,7 @@ def trainer(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,
-            logging_config=ray.train.LoggingConfig("ERROR"),
+            logging_config=ray.train.LoggingConfig("ERROR"),  # type: ignore[call-arg]
         ),
     )
 
@@ -152,6 +152,8 @@ def train(
         run = trainer(
             config, workers, kept, name, gpu, max_failures, hparams, verbose
         ).fit()
+        if run.checkpoint is None:  # fit raises where a run failed
+            raise RuntimeError(f"{kept}/{name} ended without a checkpoint")
         with run.checkpoint.as_directory() as folder:
             records = read_metrics(Path(folder) / "metrics.jsonl")
             resumed = json.loads((Path(folder) / RESUMED).read_text())["resumed"]

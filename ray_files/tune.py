@@ -116,11 +116,13 @@ class _Recorder(tune.Callback):
             }
         return self.records[trial.trial_id]
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **_) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list, trial: Any, **_: Any
+    ) -> None:
         self.record(trial)
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **_
+        self, iteration: int, trials: list, trial: Any, result: dict, **_: Any
     ) -> None:
         record, metric = self.record(trial), self.plan.metric
         told = [batches for batches, _ in record["curve"]]
@@ -129,7 +131,9 @@ class _Recorder(tune.Callback):
             record["best"] = max(value for _, value in record["curve"])
             self._tell(record)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list, trial: Any, **_: Any
+    ) -> None:
         record = self.record(trial)
         last = record["curve"][-1][0] if record["curve"] else 0
         longest = min(record["length"], (self.plan.asha or {}).get("max_t", math.inf))
@@ -137,7 +141,9 @@ class _Recorder(tune.Callback):
         record["stopped_at"] = last if last < longest else None
         self._tell(record)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **_) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list, trial: Any, **_: Any
+    ) -> None:
         record = self.record(trial)
         record["state"] = "failed"
         self._tell(record)
@@ -225,7 +231,7 @@ def search(
         gpu = takes_gpu(gpu, plan.slots)
         limit = plan.concurrent if max_concurrent is None else max_concurrent
         room = max(1, int(has.get("GPU" if gpu else "CPU", 0) // plan.slots))
-        each = {"cpu": 1, "gpu": 1 if gpu and plan.slots == 1 else 0}
+        each: dict[str, float] = {"cpu": 1, "gpu": 1 if gpu and plan.slots == 1 else 0}
 
         def trial(values: dict) -> None:
             _trial(values, plan, below(storage, name), gpu)

@@ -1,13 +1,38 @@
 """Tiny data for the tests; what needs more makes its own."""
 
 import json
+import os
+import shutil
+import socket
+import tempfile
 
+# Workers of pytest-xdist share the cores: one thread each, and in what they start.
+# Read when torch is imported, so it stands before the imports.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Servers and Ray name their temporary folders by what they are. A folder of its own
+# keeps a worker, or another run of the tests, from taking them for its own. The name
+# is short, because the path of a socket may have 107 characters.
+SHARED = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-", dir=SHARED)
+
+# The processes of a trial of Determined meet at fixed ports, unless told others.
+for name in ("INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2"):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ[name] = str(free.getsockname()[1])
+
+# ruff: noqa: E402
 import cv2
 import numpy as np
 import pytest
 from servers import artefact, predicted, stripped, torchserved, tree  # noqa: F401
 
 NAMES = ["square", "bar", "dot"]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def write_tiles(root, split: str, tiles: int, seed: int, size: int = 96) -> None:

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("determined")
 
 from determined.experimental import client  # noqa: E402
-from determined_master import MasterDouble  # noqa: E402
+from determined_master import ExperimentState, MasterDouble  # noqa: E402
 
 from determined_files import core_api  # noqa: E402
 from determined_files.load import download_best, load_trial_checkpoint  # noqa: E402
@@ -106,11 +106,11 @@ def experiment_of(master, told):
 
 
 def wait(master, number):
-    try:
-        det(master, "e", "wait", str(number), "--polling-interval", "1")
-    except AssertionError as error:
-        logs = [trial.log() for trial in master.experiments[number].trials]
-        raise AssertionError("\n".join(logs)[-6000:]) from error
+    experiment = master.experiments[number]
+    ended = (ExperimentState.COMPLETED, ExperimentState.ERROR)
+    master.wait_for(lambda: experiment.state in ended)
+    logs = [trial.log() for trial in experiment.trials]
+    assert experiment.state == ExperimentState.COMPLETED, "\n".join(logs)[-6000:]
 
 
 def pause_once(master, number, trial):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,19 +31,9 @@ FILES = ROOT / "determined_files"
 STEPS = 6
 
 
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name, port in zip("12", free_ports(2), strict=True):
-        monkeypatch.setenv(f"INTER_TRAIN_PROCESS_COMM_PORT_{name}", str(port))
 
 
 def overrides(tiles, **hparams):

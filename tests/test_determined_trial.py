@@ -177,36 +177,49 @@ def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
         run_local(config, tmp_path)
 
 
-def torchrun(folder, *command):
+# In one start of two processes: the plain loop, then the trial. They join once, because
+# torchrun keeps the addresses of a first meeting, which a second one might read.
+TWO = """
+import sys
+import torch.distributed as dist
+from determined_files.train import main
+from e2e_utils.train import TrainConfig, fit
+
+tiles, *arguments = sys.argv[1:]
+settings = dict(steps=4, eval_steps=4, batch_size=2, amp="off")
+fit(TrainConfig(tiles, "plain", **settings), progress=False)
+dist.init_process_group = lambda backend: None
+main(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiles, tmp_path_factory):
+    """(printed lines, checkpoint folder, folder of the plain loop) under torchrun."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    (folder / "two.py").write_text(TWO)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", *map(str, command)),
+            *("--nproc_per_node=2", "two.py", str(tiles)),
+            *("--config", str(FILES / "fake.yaml"), "--output-dir", str(folder)),
+            *("validation_batches=4", "backend=local", f"data_dir={tiles}"),
+            'amp="off"',
         ],
         cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def two_processes(tiles, tmp_path_factory):
-    """(printed lines, checkpoint folder) of four steps under torchrun."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    told = torchrun(
-        folder,
-        *(FILES / "train.py", "--config", FILES / "fake.yaml", "--output-dir", folder),
-        *("validation_batches=4", "backend=local", f"data_dir={tiles}", 'amp="off"'),
-    )
-    return told, Path(re.search("checkpoint (.*)", told)[1])
+    checkpoint = re.search("checkpoint (.*)", done.stdout)[1]
+    return done.stdout, Path(checkpoint), folder / "plain"
 
 
 @pytest.mark.slow
 def test_two_processes_speak_once_and_their_checkpoint_loads(two_processes):
-    told, checkpoint = two_processes
+    told, checkpoint, _ = two_processes
     assert re.search(r"step 4  mAP \d", told)
     assert told.count("checkpoint ") == 1
     raw = torch.load(checkpoint / "state_dict.pth", weights_only=True)
@@ -217,16 +230,10 @@ def test_two_processes_speak_once_and_their_checkpoint_loads(two_processes):
 
 
 @pytest.mark.slow
-def test_two_processes_end_at_the_weights_of_the_plain_loop(
-    two_processes, tiles, tmp_path
-):
-    torchrun(
-        tmp_path,
-        *("-m", "e2e_utils.train", "--data-path", tiles, "--output-dir", tmp_path),
-        *("--steps", 4, "--eval-steps", 4, "--batch-size", 2, "--amp", "off"),
-    )
-    expected, _ = model_from_checkpoint(tmp_path / "last.pt")
-    model, _ = load_trial_checkpoint(two_processes[1])
+def test_two_processes_end_at_the_weights_of_the_plain_loop(two_processes):
+    _, checkpoint, plain = two_processes
+    expected, _ = model_from_checkpoint(plain / "last.pt")
+    model, _ = load_trial_checkpoint(checkpoint)
     for key, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
 

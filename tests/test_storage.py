@@ -106,6 +106,15 @@ class Faults(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def forward(self):
+        with self.server.lock:
+            self.server.busy += 1
+        try:
+            self.answer()
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def answer(self):
         server = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with server.lock:
@@ -159,6 +168,7 @@ def proxy(moto):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Faults)
     server.target = moto.removeprefix("http://")
     server.lock, server.seen, server.fault = threading.Lock(), [], lambda *_: None
+    server.busy = 0  # requests under way
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -420,7 +430,8 @@ def test_killed_upload_is_continued(tiles, tmp_path, bucket, proxy):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    time.sleep(0.5)  # what the proxy holds arrives
+    while proxy.busy and time.monotonic() < deadline:  # what the proxy holds arrives
+        time.sleep(0.05)
     before = stored()
     assert 4 <= before < len(content(tiles))
     proxy.fault = lambda *_: None

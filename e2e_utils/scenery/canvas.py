@@ -45,7 +45,7 @@ class Canvas:
     grain: np.ndarray
     sun: tuple
     shade: np.ndarray
-    taken: np.ndarray = None
+    taken: np.ndarray = None  # type: ignore[assignment]  # all free, made below
     objects: list = field(default_factory=list)
     layers: dict = field(default_factory=dict)
 

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from kserve import Model
+from kserve import InferResponse, Model
 from PIL import Image
 from prometheus_client import Counter, Gauge
 from torch import nn
@@ -203,7 +204,7 @@ class Detector(Model):
         """Learn how long a request takes, for Retry-After."""
         self._pace += 0.1 * (seconds / max(1, self.waiting) - self._pace)
 
-    async def aside(self, do: Callable, *args):
+    async def aside(self, do: Callable, *args: Any) -> Any:
         """What parses a body or writes an answer, off the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, do, *args)
@@ -227,7 +228,7 @@ class Detector(Model):
                 height, width, _ = picture.shape
                 raise bad(f"the picture has {width} x {height} pixels, at most {most}")
 
-    async def predict(self, payload: Job, headers: dict | None = None, *_) -> Job:
+    async def predict(self, payload: Job, headers: dict | None = None, *_: Any) -> Job:
         """Fill `payload.found`.
 
         Raises:
@@ -303,7 +304,9 @@ class Detector(Model):
             found["geojson"] = to_geojson(found, self.meta["class_names"])
         return found
 
-    async def postprocess(self, result: Job, headers: dict | None = None, *_):
+    async def postprocess(
+        self, result: Job, headers: dict | None = None, *_: Any
+    ) -> bytes | InferResponse:
         """The answer in the job's protocol: V1's bytes, or V2's InferResponse."""
         if result.protocol == "v1":
             return await self.aside(answer_v1, result)

@@ -8,6 +8,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -100,7 +101,7 @@ def check_scene(path: Path, max_pixels: int) -> tuple[int, int]:
 
 def _by_windows(path: Path) -> bool:
     with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
+        page: Any = tiff.pages[0]  # a TiffPage: the first always is
         bands_first = page.ndim == 3 and page.planarconfig == 2
         return page.is_memmappable and not bands_first
 

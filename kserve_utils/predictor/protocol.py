@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -49,7 +50,7 @@ class Job:
     """
 
     protocol: str
-    pictures: list[bytes | Path | np.ndarray]
+    pictures: list[Any]
     scene: bool = False
     score_threshold: float | None = None
     geojson: bool = False
@@ -144,7 +145,8 @@ def parse_grpc(request: ModelInferRequest) -> Job:
     if len(request.inputs) != 1 or request.inputs[0].name != "image":
         raise bad('"inputs" must be one tensor with the name "image"')
     job.outputs = [RequestedOutput(row.name) for row in request.outputs] or None
-    one, raw, data = request.inputs[0], None, None
+    one, raw = request.inputs[0], None
+    data: Any = None
     if request.raw_input_contents:
         raw = request.raw_input_contents[0]
     elif one.datatype == "BYTES":
@@ -197,7 +199,9 @@ def _one_string(raw: bytes | Path | None, data: object) -> bytes | Path:
     return _base64(data[0], "input image")
 
 
-def _bytes(raw: bytes | Path | None, data: object, shape: list[int]):
+def _bytes(
+    raw: bytes | Path | None, data: object, shape: list[int]
+) -> bytes | Path | np.ndarray:
     """UINT8: a file's bytes [n], or pixels [H, W, 3]."""
     count = math.prod(shape)
     if raw is None:
@@ -219,7 +223,7 @@ def _bytes(raw: bytes | Path | None, data: object, shape: list[int]):
     return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
-def read_json(body: bytes, what: str = "the body is not JSON") -> object:
+def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -256,7 +260,7 @@ def _parameters(given: object) -> dict:
     unknown = sorted(set(given) - set(_KNOWN))
     if unknown:
         raise bad(f"no parameter {', '.join(unknown)}: there are {', '.join(_KNOWN)}")
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("scene", "geojson"):
         value = given.get(key, False)
         if not isinstance(value, bool):
@@ -298,7 +302,7 @@ def answer_v2(job: Job, model_name: str) -> InferResponse:
     if job.geojson:
         arrays["geojson"] = _text([orjson.dumps(found["geojson"]).decode()])
         types["geojson"] = _GEOJSON[0]
-    names = arrays
+    names = list(arrays)
     if job.outputs and job.protocol == "grpc":  # REST: the SDK picks them
         names = [output.name for output in job.outputs]
     return InferResponse(

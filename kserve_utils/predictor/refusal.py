@@ -26,7 +26,9 @@ class Refusal(Exception):
         retry_after: seconds until it is worth asking again.
     """
 
-    def __init__(self, status: int, reason: str, retry_after: int | None = None):
+    def __init__(
+        self, status: int, reason: str, retry_after: int | None = None
+    ) -> None:
         super().__init__(" ".join(reason.split()))
         self.status = status
         self.retry_after = retry_after

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import orjson
@@ -20,6 +20,7 @@ from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from kserve.logging import logger
 from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kserve_utils.predictor.model import Detector
 from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2, read_json
@@ -63,10 +64,10 @@ class Gate:
     It would read any body whole, and take "NAME:predict" for the name of a model.
     """
 
-    def __init__(self, app) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         takes = path.endswith((":predict", "/infer")) and "/versions/" not in path
         if scope["type"] != "http":
@@ -106,9 +107,9 @@ async def _answer(
         return _error(refusal)
 
 
-async def _unless_gone(request: Request, job: Job, work) -> Response:
+async def _unless_gone(request: Request, job: Job, answer: Awaitable) -> Response:
     """The answer, or 499 as soon as the caller hangs up."""
-    work = asyncio.ensure_future(work)
+    work = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)

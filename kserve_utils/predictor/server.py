@@ -12,6 +12,7 @@ import contextlib
 import logging
 import signal
 import time
+from typing import Any
 
 import grpc
 from grpc_interceptor import AsyncExceptionToStatusInterceptor
@@ -49,7 +50,7 @@ class _Servicer(InferenceServicer):
         super().__init__(dataplane, None)
         self._detector = detector
 
-    async def ModelInfer(self, request: bytes, context):
+    async def ModelInfer(self, request: bytes, context: Any) -> Any:
         """Takes a place before the message is parsed, which can grow fortyfold."""
         detector, started = self._detector, time.perf_counter()
         with detector.place():
@@ -72,7 +73,7 @@ class _Servicer(InferenceServicer):
         self.validate_grpc_request(request)
         return parse_grpc(request)
 
-    async def RepositoryModelLoad(self, request, context):
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> None:
         raise Refusal(403, "this server keeps the model it started with")
 
     RepositoryModelUnload = RepositoryModelLoad
@@ -81,7 +82,7 @@ class _Servicer(InferenceServicer):
 class _Methods:
     """Stands where the generated code wants a server, and keeps what it would add."""
 
-    def add_generic_rpc_handlers(self, handlers) -> None:
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
         pass
 
     def add_registered_method_handlers(self, service: str, methods: dict) -> None:
@@ -89,7 +90,9 @@ class _Methods:
 
 
 class _Statuses(AsyncExceptionToStatusInterceptor):
-    async def handle_exception(self, ex, request_or_iterator, context, method_name):
+    async def handle_exception(
+        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
+    ) -> Any:
         if isinstance(ex, ModelNotFound):
             ex = Refusal(404, str(ex))
         elif type(ex).__module__ == "kserve.errors":

@@ -24,6 +24,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -70,7 +71,7 @@ def torchserve(
     java = java_home()
     work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
     ports = free_ports(5)
-    local = {
+    local: dict[str, Any] = {
         "inference_address": f"http://127.0.0.1:{ports[0]}",
         "management_address": f"http://127.0.0.1:{ports[1]}",
         "metrics_address": f"http://127.0.0.1:{ports[2]}",
@@ -138,6 +139,7 @@ def server_process(
         if guard:
             guard.kill()
             guard.wait()
+        if guard and guard.stdin:
             guard.stdin.close()
         shutil.rmtree(work, ignore_errors=True)
 

@@ -19,6 +19,8 @@ def _models():
     spec = importlib.util.spec_from_file_location(
         "xview_models", os.path.join(_HERE, "models.py")
     )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no models.py in {_HERE}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
