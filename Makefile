@@ -1,4 +1,4 @@
-# Every target sets itself up in .venv; nothing but Python 3.10+ is needed.
+# Every target sets itself up in .venv; nothing but Python 3.10 to 3.13 is needed.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -38,8 +38,8 @@ help:
 	@echo "make bench      the benchmarks, a minute or a few each"
 
 define python
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-  || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+  || { echo "Python 3.10 to 3.13 is needed; set PYTHON=/path/to/python3"; exit 1; }
 endef
 
 # pip is the last that venv writes: a .venv without it is not whole

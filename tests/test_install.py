@@ -314,7 +314,7 @@ def test_the_cpu_build_of_torch_comes_from_the_index_that_the_user_names(copy, s
 @pytest.mark.parametrize(
     "refused, arguments, message",
     [
-        ("version_info", [], "Python 3.10 or newer is needed"),
+        ("version_info", [], "Python 3.10 to 3.13 is needed"),
         ("ensurepip", [], "has no venv .*apt install python3-venv"),
         ("none", ["TORCH=cpu"], "TORCH=cpu needs TORCH_INDEX"),
         ("none", ["TORCH=rocm"], "TORCH=rocm is unknown"),
