@@ -145,6 +145,30 @@ def test_resumed_trial_repeats_the_undisturbed_one(whole, tiles, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_trial_in_lower_precision_is_the_plain_loop_and_resumes(tiles, tmp_path, amp):
+    settings = {"min_size": 96, "max_size": 96}
+    seen = {name: Recorder() for name in ("plain", "whole", "halves")}
+    given = {"steps": 3, "batch_size": 2, "eval_steps": 1, "amp": amp}
+    plain = TrainConfig(str(tiles), str(tmp_path / "plain"), settings=settings, **given)
+    fit(plain, report=seen["plain"], progress=False)
+    config = experiment(tiles, amp=amp, settings=settings, max_batches=3)
+    _, end = run_local(config, tmp_path / "whole", report=seen["whole"])
+    _, half = run_local(config, tmp_path / "halves", stop=2, report=seen["halves"])
+    run_local(config, tmp_path / "halves", resume=half, report=seen["halves"])
+    assert seen["whole"].losses == seen["halves"].losses
+    for step, losses in seen["plain"].losses.items():
+        del losses["lr"]
+        assert seen["whole"].losses[step] == losses
+    assert load_trial_checkpoint(end)[1]["precision"] == amp
+
+    config["hyperparameters"]["amp"] = "off"
+    message = f'was trained in {amp}, .* go on in fp32: give it amp: "{amp}"'
+    with pytest.raises(ValueError, match=message):
+        run_local(config, tmp_path / "halves", resume=half)
+
+
+@pytest.mark.slow
 def test_test_mode_trains_and_validates_one_batch(tiles, tmp_path):
     seen = Recorder()
     config = experiment(tiles, max_batches=100)

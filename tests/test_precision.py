@@ -211,7 +211,7 @@ def test_a_gpu_computes_in_what_it_has_units_for(
 
 
 def test_a_cpu_takes_bf16_only_for_architectures_that_gain(monkeypatch):
-    gain = {"ssd300_vgg16": 2.0, "ssdlite320_mobilenet_v3_large": 0.8}
+    gain = {"ssd300_vgg16": (2.0, 1.9), "ssdlite320_mobilenet_v3_large": (0.8, 2.0)}
     monkeypatch.setattr(hardware, "CPU_BF16_SPEEDUP", gain)
     for has in (True, False):
         monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has=has: has)
@@ -354,7 +354,7 @@ def test_a_resume_keeps_the_precision_or_refuses(tiles, tmp_path, monkeypatch):
 def test_a_run_in_float32_stays_in_it_where_bf16_would_be_chosen(
     tiles, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(hardware, "CPU_BF16_SPEEDUP", {"fasterrcnn_small": 9.0})
+    monkeypatch.setattr(hardware, "CPU_BF16_SPEEDUP", {"fasterrcnn_small": (9.0,)})
     config = TrainConfig(str(tiles), str(tmp_path), **SHORT)
     for has, step in ((False, 1), (True, 2)):
         monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has=has: has)
