@@ -1,9 +1,15 @@
-# Every target sets itself up in .venv; nothing but Python 3.10+ is needed.
+# Every target sets itself up in .venv; nothing but Python 3.10 to 3.13 is needed.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 NOTEBOOKS := 01_install 02_data_prep 03_local_training 04_cluster_training 05_kserve_deploy
-HEADLESS := $(shell sed -n 's/^\(opencv-python-headless==[^ ]*\).*/\1/p' requirements.txt)
+# Which PyTorch: empty for PyPI's; cpu for the build without CUDA, from TORCH_INDEX.
+# .venv/installed holds the answer, so that .venv stays with it.
+HELD := $(shell cat .venv/installed 2>/dev/null)
+TORCH := $(HELD)
+TORCH_INDEX :=
+pin = $(shell sed -n 's/^\($(1)==[^ ]*\).*/\1/p' requirements.txt)
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 
 # The jobs of CI. Every test file is in exactly one of them: what is named nowhere else
 # belongs to test-core.
@@ -17,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest --durations=40
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo notebooks test test-fast test-core test-cluster test-serving \
-  test-notebooks lab lint types bench clean
+  test-notebooks lab lint lock types bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
@@ -26,24 +32,57 @@ help:
 	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make lint       ruff"
+	@echo "make lock       the lock files anew from requirements.txt"
 	@echo "make types      mypy"
 	@echo "make notebooks  the outputs of the last demo into notebooks/"
 	@echo "make bench      the benchmarks, a minute or a few each"
 
-# sahi drags in opencv-python, which overwrites the headless build: take it out and
-# put the headless files back.
-.venv/installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' \
-	  || { echo "this Python has no venv (on Debian: apt install python3-venv)"; exit 1; }
-	@echo "installing into .venv (some minutes, about 6 GB)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
-	@$(BIN)/python -m pip uninstall --disable-pip-version-check -q -y opencv-python
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall $(HEADLESS)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
-	@touch $@
+define python
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+  || { echo "Python 3.10 to 3.13 is needed; set PYTHON=/path/to/python3"; exit 1; }
+endef
+
+# pip is the last that venv writes: a .venv without it is not whole
+define venv
+@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip' 2>/dev/null \
+  || { echo "this Python has no venv (on Debian: apt install python3-venv)"; exit 1; }
+@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+endef
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+INTO := -q --python $(BIN)/python
+
+# Checks come first: a lock that does not fit installs nothing.
+.venv/installed: requirements.txt requirements.lock pyproject.toml
+	$(python)
+	@$(PYTHON) .ci/lock.py check
+	@case "$(TORCH):$(TORCH_INDEX)" in :*|cpu:?*) ;; \
+	  cpu:) echo "TORCH=cpu needs TORCH_INDEX, the address of PyTorch's index for CPUs"; exit 1 ;; \
+	  *) echo "TORCH=$(TORCH) is unknown: leave it out, or TORCH=cpu"; exit 1 ;; esac
+	$(venv)
+	@echo "installing into .venv (a minute or two; 7 GB, 4 of them CUDA)"
+	@test $(UV) = uv || $(PIP) $(call pin,uv)
+ifeq ($(TORCH),cpu)
+	@$(UV) pip sync $(INTO) --require-hashes requirements-without-torch.lock
+	@$(UV) pip install $(INTO) --no-deps --default-index "$(TORCH_INDEX)" \
+	  $(call pin,torch) $(call pin,torchvision)
+else
+	@$(UV) pip sync $(INTO) --require-hashes requirements.lock
+endif
+	@$(UV) pip install $(INTO) --no-deps --no-build-isolation -e .
+	@echo "$(TORCH)" > $@
+
+ifneq ($(TORCH),$(HELD))
+.venv/installed: another
+endif
+
+# Renews the lock files where requirements.txt asks for it; UPGRADE=1 takes the newest
+# of everything that is not pinned there.
+lock:
+	$(python)
+	$(venv)
+	@$(PIP) $(call pin,uv)
+	@$(BIN)/python .ci/lock.py write $(if $(UPGRADE),--upgrade)
 
 demo: .venv/installed
 	@mkdir -p $(RUN)/notebooks

@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a trained detector instead of --model")
     parser.add_argument("--batch-size", type=int, help="tiles a pass of ours")
     parser.add_argument("--runs", type=int, default=2, help="of each side, in turns")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="this alone, not both"
+    )
     arguments = parser.parse_args()
     side = 1600 if arguments.quick else 4000
     scene = make_scene(side)
@@ -136,6 +139,10 @@ def main() -> None:
     places = [("cpu", host)]
     if torch.cuda.is_available():
         places.append(("cuda:0", f"{torch.cuda.get_device_name()}, {host}"))
+    if arguments.device:
+        places = [place for place in places if place[0].startswith(arguments.device)]
+        if not places:
+            sys.exit(f"error: torch {torch.__version__} finds no GPU here")
     what = arguments.checkpoint or arguments.model
     claims = []
     for device, machine in places:

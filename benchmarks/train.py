@@ -5,12 +5,12 @@
     python benchmarks/train.py --vision ~/vision   # runs the engine of that checkout
 
 Both sides train fasterrcnn_resnet50_fpn from the same random weights on the same
-drawn tiles of 300 px, two a step. The recipe is written plainly here: PIL and a flip
-for each picture, a resize to 800 px by the model's default, float32, `.item()` of each
-loss in each step. Ours is `e2e_utils.train.train_step` over `train_loader`: tiles at
-their own size; channels_last and bfloat16 where hardware has it. They take turns step
-by step. On a CPU one thread is used and the unit is images per second of CPU time, so
-that other programs weigh on neither side.
+drawn tiles of 300 px, two a step, on a GPU eight. The recipe is written plainly here:
+PIL and a flip for each picture, a resize to 800 px by the model's default, float32,
+`.item()` of each loss in each step. Ours is `e2e_utils.train.train_step` over
+`train_loader`: tiles at their own size; channels_last and bfloat16 where the hardware
+has it. They take turns step by step. On a CPU one thread is used and the unit is images
+per second of CPU time, so that other programs weigh on neither side.
 
 First a check that both compute the same: without augmentation, in float32, at one
 input size, with one seed. On a CPU the losses of all steps must be equal to 1e-6. The
@@ -41,17 +41,17 @@ from torchvision.transforms import functional
 
 from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles, default_augment, train_loader
+from e2e_utils.hardware import (
+    PRECISIONS,
+    choose_precision,
+    find_device,
+    memory_format,
+)
 from e2e_utils.models import build_model
 from e2e_utils.sampling import StepSampler
-from e2e_utils.train import (
-    amp_dtype,
-    make_optimizer,
-    memory_format,
-    seed_step,
-    train_step,
-)
+from e2e_utils.train import make_optimizer, seed_step, train_step
 
-MODEL, BATCH, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 2, 0.0025, 300, 800
+MODEL, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 0.0025, 300, 800
 
 
 def build_tiles(folder: Path, scenes: int) -> tuple[Path, Path]:
@@ -153,7 +153,7 @@ class Side:
     def __init__(self, name, size, arguments, tiles, plain=False):
         self.name, self.device = name, arguments.device
         self.ours = name.startswith("ours")
-        self.clock = arguments.clock
+        self.clock, self.batch = arguments.clock, arguments.batch_size
         torch.manual_seed(0)
         self.model = build_model(MODEL, len(tiles.class_names), min_size=size)
         self.model.to(self.device).train()
@@ -163,17 +163,19 @@ class Side:
         if self.ours:
             config = TrainConfig("", "", optimizer="sgd", lr=LR, weight_decay=decay)
             self.optimizer = make_optimizer(self.model, config)
-            self.dtype = None if plain else amp_dtype("auto", self.device)
-            self.model.to(memory_format=memory_format(self.dtype))
+            amp = "off" if plain else "auto"
+            precision = choose_precision(amp, MODEL, self.device)
+            self.dtype = PRECISIONS[precision]
+            self.model.to(memory_format=memory_format(precision))
             self.clip = 0.0 if plain else config.clip_grad
             augment = None if plain else default_augment()
             data = CocoTiles(tiles.image_dir, tiles.json_path, augment)
-            loader = train_loader(data, BATCH, steps, workers=workers)
+            loader = train_loader(data, self.batch, steps, workers=workers)
         else:
             self.optimizer = torch.optim.SGD(
                 self.model.parameters(), lr=LR, momentum=0.9, weight_decay=decay
             )
-            order = StepSampler(len(tiles), BATCH, steps)  # the tiles that ours sees
+            order = StepSampler(len(tiles), self.batch, steps)  # as ours
             loader = DataLoader(
                 RecipeTiles(tiles, flip=not plain),
                 batch_sampler=[[index for index, _ in batch] for batch in order],
@@ -205,7 +207,7 @@ class Side:
         return totals
 
     def images_per_second(self) -> float:
-        return BATCH / statistics.median(self.costs)
+        return self.batch / statistics.median(self.costs)
 
 
 def losses_agree(arguments, tiles, steps: int) -> bool:
@@ -238,12 +240,14 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, help="a checkout of pytorch/vision")
     parser.add_argument("--device", help="cuda if there is one")
     parser.add_argument("--workers", type=int, help="of both sides; 8 with a GPU")
+    parser.add_argument("--batch-size", type=int, help="tiles a step; 8 with a GPU")
     arguments = parser.parse_args()
-    cuda = (arguments.device or "cuda") == "cuda" and torch.cuda.is_available()
-    arguments.device = torch.device(arguments.device or ("cuda" if cuda else "cpu"))
+    arguments.device = find_device(arguments.device)
+    cuda = arguments.device.type == "cuda"
     arguments.clock = time.perf_counter if cuda else time.process_time
     if arguments.workers is None:
         arguments.workers = 8 if cuda else 0
+    arguments.batch_size = arguments.batch_size or (8 if cuda else 2)
     arguments.epoch = engine_epoch(arguments.vision) if arguments.vision else None
     arguments.epoch = arguments.epoch or recipe_epoch
     if not cuda:
@@ -281,7 +285,9 @@ def main() -> None:
     for name, side in sides.items():
         cost = statistics.median(side.costs)
         loading = side.waited / (sum(side.costs) * block)
-        print(f"{name:<16}{BATCH / cost:>14.3f}{cost:>9.3f}{loading:>9.1%}")
+        print(
+            f"{name:<16}{arguments.batch_size / cost:>14.3f}{cost:>9.3f}{loading:>9.1%}"
+        )
     ours = sides["ours, 300 px"].images_per_second()
     claims = [
         {

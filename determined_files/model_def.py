@@ -21,15 +21,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.models import build_model, resolved_settings, start_from
-from e2e_utils.train import (
-    amp_dtype,
-    forward_losses,
-    lr_factor,
-    make_optimizer,
+from e2e_utils.hardware import (
+    PRECISIONS,
+    choose_precision,
+    grad_scaler,
     memory_format,
-    seed_step,
+    native_precisions,
 )
+from e2e_utils.models import build_model, resolved_settings, start_from
+from e2e_utils.train import forward_losses, lr_factor, make_optimizer, seed_step
 
 if __package__:
     from determined_files import trial_config
@@ -99,6 +99,15 @@ class _Callback(pytorch.PyTorchCallback):
                 self.trial.optimizer.param_groups, scheduler.lr_lambdas, strict=True
             ):
                 group["lr"] = group["initial_lr"] * factor(step)
+
+    def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
+        began = checkpoint.get("e2e", {}).get("precision", self.trial.precision)
+        if self.trial.step and began != self.trial.precision:  # it goes on with the run
+            amp = "off" if began == "fp32" else began
+            raise ValueError(
+                f"the checkpoint was trained in {began}, this trial would go on in "
+                f'{self.trial.precision}: give it amp: "{amp}"'
+            )
 
     def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["e2e"] = self.trial.describe()
@@ -182,7 +191,11 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
                 f"{self.slots} slots; each needs at least one"
             )
         self.epoch = max(1, len(self.train_set) // hparams["global_batch_size"])
-        self.dtype = amp_dtype(config.amp, context.device)
+        self.precision = self._precision()
+        self.dtype = PRECISIONS[self.precision]
+        self.scaler = grad_scaler(self.precision, context.device)
+        if self.scaler.is_enabled():
+            context.wrap_scaler(self.scaler)  # Determined saves and resumes it
         self.model = self._build()
         self.wrapped = context.wrap_model(self.model)
         self.optimizer = context.wrap_optimizer(make_optimizer(self.model, config))
@@ -209,6 +222,13 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         self.context.distributed.broadcast_local(None)  # wait for whoever fetches
         return path
 
+    def _precision(self) -> str:
+        """What all slots compute in, by what each of them has units for."""
+        device, distributed = self.context.device, self.context.distributed
+        able = distributed.allgather(native_precisions(device))
+        common = set.intersection(*map(set, able))
+        return choose_precision(self.config.amp, self.config.model, device, common)
+
     def _build(self) -> nn.Module:
         config = self.config
         torch.manual_seed(config.seed)
@@ -223,7 +243,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             start_from(
                 model, config.init_checkpoint, config.model, self.train_set.class_names
             )
-        return model.to(memory_format=memory_format(self.dtype))
+        return model.to(memory_format=memory_format(self.precision))
 
     def describe(self) -> dict:
         """What makes a checkpoint complete: see `e2e_utils.train`."""
@@ -238,6 +258,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             "class_names": self.train_set.class_names,
             "tile_size": self.config.tile_size,
             "overlap": self.config.overlap,
+            "precision": self.precision,
             "step": self.step,
             "metrics": dict(self.metrics),
         }
@@ -280,12 +301,14 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step}, on {', '.join(tiles)}"
             )
-        self.context.backward(losses["loss"])
-        self.context.step_optimizer(self.optimizer, clip_grads=self._clip)
+        self.context.backward(self.scaler.scale(losses["loss"]))
+        self.context.step_optimizer(self.optimizer, self._clip, scaler=self.scaler)
+        self.scaler.update()
         self.scheduler.step()
         return losses
 
     def _clip(self, _: Any) -> None:
+        self.scaler.unscale_(self.optimizer)
         # in the model's order of parameters, not the optimizer's: the sum of squares
         # then rounds as in e2e_utils.train
         if self.config.clip_grad:

@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import yaml
 
+from e2e_utils.hardware import AMP
 from e2e_utils.train import TrainConfig
 
 # What Determined decides or this trial measures in batches, and so is no hyperparameter
@@ -130,12 +131,17 @@ def train_config(hparams: dict, batch_size: int, data_path: str = "") -> TrainCo
         hparams: see the top of this file.
         batch_size: tiles a step on each slot.
         data_path: folder of the tiles on this machine.
+
+    Raises:
+        ValueError: as `check_hparams`, or no such amp.
     """
     check_hparams(hparams)
     steps = hparams["max_batches"]
     values = {key: hparams[key] for key in _TRAIN_KEYS if key in hparams}
     if isinstance(values.get("amp"), bool):  # on and off are booleans in YAML
         values["amp"] = "on" if values["amp"] else "off"
+    if values.get("amp", "auto") not in AMP:
+        raise ValueError(f"amp must be one of {', '.join(AMP)}, got {values['amp']!r}")
     if "warmup_batches" in hparams:
         values["warmup"] = hparams["warmup_batches"] / steps
     if "lr_step_batches" in hparams:

@@ -14,6 +14,7 @@ from pathlib import Path
 # What may differ when a run goes on: it changes where and how, and no number
 FREE = {"output_dir", "data_path", "workers", "cache", "device"}
 FREE |= {"save_steps", "tensorboard"}
+FREE |= {"amp"}  # the precision that it led to is compared, see hardware.py
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TrainConfig:
     lr_gamma: float = 0.1  # factor at each of lr_steps
     warmup: float = 0.05  # share of the steps with a linearly rising rate
     clip_grad: float = 10.0  # largest norm of the gradient; 0 for none
-    amp: str = "auto"  # bfloat16 autocast: "on", "off", "auto" where hardware has it
+    amp: str = "auto"  # precision: "off" (float32), "bf16", "fp16"; auto: hardware.py
     ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0 for none
     compile: bool = False  # torch.compile the backbone; not equal bit by bit
     eval_steps: int | None = None  # validate and save this often; once an epoch if None
@@ -52,7 +53,7 @@ class TrainConfig:
     repeat_threshold: float = 0.0  # repeat tiles of rarer classes; 0 for none, or 0.001
     aspect_ratio_group_factor: int = -1  # batches of like tiles, 3 for 7 bins; -1: any
     seed: int = 0
-    device: str | None = None  # cuda if there is one
+    device: str | None = None  # "cpu", "cuda"; a GPU if there is one
     tile_size: int = 300  # of the tiles: finds the files, goes into the checkpoint
     overlap: float = 0.2
 

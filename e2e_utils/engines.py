@@ -1,6 +1,6 @@
 """Who runs a detector: an artefact as torch, OpenVINO or ONNX Runtime computes it.
 
-Copy: this file and models.py.
+Copy: this file, models.py and hardware.py.
 
 `load_engine` gives each of them as a detector in torchvision's convention, so that
 `predict_image` and `predict_scene` take it as they take a model. `artefact.py` writes
@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from e2e_utils import models
+from e2e_utils.hardware import PRECISIONS, find_device, native_precisions
 
 ENGINES = ("torch", "openvino", "onnxruntime")
-PRECISIONS = ("fp32", "bf16")
 FILES = {
     "torch": ("model.pth",),
     "openvino": ("model.xml", "model.bin"),
@@ -40,36 +40,45 @@ def load_engine(
     precision: str = "fp32",
     threads: int | None = None,
     *,
+    device: str | None = None,
     at_once: int = 1,
     approved_only: bool = True,
     emulate: bool = False,
 ) -> tuple[nn.Module, dict]:
-    """A detector of an artefact, ready to predict on this CPU.
+    """A detector of an artefact, ready to predict on this machine.
 
     Args:
         artefact_dir: written by `artefact.write_artefact`.
         engine: one of `ENGINES`.
-        precision: "fp32", or "bf16" for those that were approved on one's own tiles
-            (kserve_utils.predictor.approve_bf16), on a CPU that computes it natively.
-        threads: that one picture uses; None for what the library takes by itself. For
-            "torch" it counts for the whole process.
+        precision: "fp32", or "bf16" or "fp16" for those that were approved on one's own
+            tiles (kserve_utils.predictor.approve_bf16), on a device that has units for
+            it. fp16 is for "torch" on a GPU without bf16, such as a T4 or a V100.
+        threads: of the CPU that one picture uses; None for what the library takes by
+            itself. For "torch" it counts for the whole process.
+        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
+            engine is "torch", else the CPU, where the other engines always run. With
+            fp32 on a GPU, TF32 is off from then on in the whole process: it keeps 10
+            bits of a factor's 23, and engines that agree to 0.05 px need all.
         at_once: how many threads will call the detector at the same time; OpenVINO
             makes their passes wait for each other otherwise.
-        approved_only: False for the measurement that approves bf16.
-        emulate: let "torch" emulate bf16 where the CPU has none, slowly; for tests.
+        approved_only: False for the measurement that approves a precision.
+        emulate: let "torch" emulate a precision that the device has no units for; for
+            tests.
 
     Returns:
         (module, meta). module takes a list of float32 (3, H, W) in 0..1 of any sizes
         and returns a list of {"boxes" float32 (N, 4) xyxy in pixels, "labels" int64
-        (N,), "scores" float32 (N,)}, best first. Several threads may call it at once.
-        meta is detector.json with "engine", "precision" and "threads".
+        (N,), "scores" float32 (N,)}, best first, all of them on its device. Several
+        threads may call it at once. meta is detector.json with "engine", "precision",
+        "threads" and "device", a str such as "cuda:0".
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no such engine or precision; not an artefact, or one without this
-            engine, or a damaged file; bf16 is not approved.
+        ValueError: no such engine, precision or device, or no such pair of them; not an
+            artefact, or one without this engine, or a damaged file; bf16 or fp16 is not
+            approved.
         ImportError: the engine's library is not installed.
-        RuntimeError: this CPU or engine has no bf16.
+        RuntimeError: this device or engine has no such precision.
     """
     if engine not in ENGINES:
         raise ValueError(f"no engine {engine!r}; valid: {', '.join(ENGINES)}")
@@ -78,6 +87,7 @@ def load_engine(
     for name, value in (("threads", threads), ("at_once", at_once)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    place = resolve_device(engine, device)
     folder = Path(artefact_dir)
     meta = read_artefact(folder)
     if engine not in meta["engines"]:
@@ -86,24 +96,13 @@ def load_engine(
             f"write it again with {engine!r} among its engines"
         )
     require_libraries(engine)
-    for name in FILES[engine]:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not whole: {name} is missing")
-        if sha256(folder / name) != meta["files"].get(name):
-            raise ValueError(
-                f"{folder / name} is damaged, or not the file that was written: its "
-                "SHA-256 is not that of detector.json"
-            )
-    if precision == "bf16":
-        approval = meta.get("bf16", {}).get(engine, {})
-        if approved_only and not approval.get("approved"):
-            raise ValueError(
-                f"bf16 is not approved for {engine} in {folder}: measure what it costs "
-                "on your own tiles with python -m kserve_utils.predictor.approve_bf16"
-            )
-        _native_bf16(engine, emulate)
+    _check_files(folder, engine, meta)
+    if precision != "fp32":
+        if approved_only:
+            _check_approved(folder, engine, precision, meta)
+        _check_native(engine, precision, place, emulate)
     if engine == "torch":
-        module, used = _torch(folder, precision, threads)
+        module, used = _torch(folder, precision, threads, place)
     else:
         run, used = RUNNERS[engine](folder, precision, threads, at_once)
         module = Compiled(run)
@@ -112,7 +111,44 @@ def load_engine(
         "engine": engine,
         "precision": precision,
         "threads": used,
+        "device": str(place),
     }
+
+
+def resolve_device(engine: str, device: str | None = None) -> torch.device:
+    """Where an engine computes: the argument of `load_engine` as a device.
+
+    Raises:
+        ValueError: no such device, or the engine does not run there.
+    """
+    if engine == "torch":
+        return find_device(device)
+    if find_device(device or "cpu").type != "cpu":
+        raise ValueError(
+            f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
+        )
+    return torch.device("cpu")
+
+
+def _check_files(folder: Path, engine: str, meta: dict) -> None:
+    for name in FILES[engine]:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not whole: {name} is missing")
+        if sha256(folder / name) != meta["files"].get(name):
+            raise ValueError(
+                f"{folder / name} is damaged, or not the file that was written: its "
+                "SHA-256 is not that of detector.json"
+            )
+
+
+def _check_approved(folder: Path, engine: str, precision: str, meta: dict) -> None:
+    if not meta.get(precision, {}).get(engine, {}).get("approved"):
+        option = "" if precision == "bf16" else f" --precision {precision}"
+        raise ValueError(
+            f"{precision} is not approved for {engine} in {folder}: measure what it "
+            "costs on your own tiles with python -m "
+            f"kserve_utils.predictor.approve_bf16{option}"
+        )
 
 
 def read_artefact(artefact_dir: str | Path) -> dict:
@@ -154,18 +190,19 @@ class Compiled(nn.Module):
         return found
 
 
-class _Bfloat16(nn.Module):
-    """A detector under autocast, its convolutions channels last."""
+class _Autocast(nn.Module):
+    """A detector in a lower precision, its convolutions channels last."""
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.detector = detector.to(memory_format=torch.channels_last)
+        self.dtype = dtype
         detector.backbone.register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(memory_format=torch.channels_last),)
         )
 
     def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images[0].device.type, self.dtype):
             found = self.detector(images)
         return [
             {key: v.float() if v.is_floating_point() else v for key, v in one.items()}
@@ -173,25 +210,33 @@ class _Bfloat16(nn.Module):
         ]
 
 
-def load_eager(ckpt_path: str | Path) -> tuple[nn.Module, dict]:
+def load_eager(
+    ckpt_path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, dict]:
     """A checkpoint as a detector that is ready to predict, and what describes it.
 
     It has seen a square picture: torchvision's pooling of regions takes the scales of
     the feature maps from the first one, and from one of 13 rows it takes wrong ones,
     for good. Raises what `models.model_from_checkpoint` raises.
     """
-    model, meta = models.model_from_checkpoint(ckpt_path)
+    model, meta = models.model_from_checkpoint(ckpt_path, device)
     side = meta.get("tile_size", 300)
     with torch.inference_mode():
-        model.requires_grad_(False)([torch.zeros(3, side, side)])
+        model.requires_grad_(False)([torch.zeros(3, side, side, device=device)])
     return model, meta
 
 
-def _torch(folder: Path, precision: str, threads: int | None) -> tuple[nn.Module, int]:
-    model, _ = load_eager(folder / "model.pth")
+def _torch(
+    folder: Path, precision: str, threads: int | None, device: torch.device
+) -> tuple[nn.Module, int]:
     if threads is not None:
         torch.set_num_threads(threads)
-    module = _Bfloat16(model) if precision == "bf16" else model
+    if device.type == "cuda" and precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # on by default, see load_engine
+        torch.set_float32_matmul_precision("highest")
+    module, _ = load_eager(folder / "model.pth", device)
+    if precision != "fp32":
+        module = _Autocast(module, PRECISIONS[precision])
     return module, torch.get_num_threads()
 
 
@@ -258,22 +303,26 @@ def require_libraries(engine: str, *further: str) -> None:
             ) from error
 
 
-def _native_bf16(engine: str, emulate: bool) -> None:
-    """RuntimeError where bf16 would be emulated, or computed in another type."""
-    if engine == "onnxruntime":
-        raise RuntimeError("onnxruntime has no bf16 on a CPU: take openvino or torch")
-    if engine == "openvino":
+def _check_native(
+    engine: str, precision: str, device: torch.device, emulate: bool
+) -> None:
+    """RuntimeError where it would be emulated, or computed in another precision."""
+    if engine == "torch":
+        native = native_precisions(device)
+        if emulate:
+            return
+    elif engine == "openvino" and precision == "bf16":
         import openvino
 
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        native = "BF16" in able
+        native = ("fp32", *("bf16",) * ("BF16" in able))
     else:
-        native = torch.cpu._is_avx512_bf16_supported()
-        native = native or torch.cpu._is_amx_tile_supported() or emulate
-    if not native:
+        raise RuntimeError(f"{engine} has no {precision} on a CPU: take fp32")
+    if precision not in native:
+        what = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         raise RuntimeError(
-            f"{engine}: this CPU has no bf16 (AMX or AVX512-bf16), it would be slower "
-            "than fp32: take precision='fp32'"
+            f"{engine}: this {what} has no units for {precision}, it would be slower "
+            f"than fp32: take {' or '.join(native)}"
         )
 
 

@@ -455,6 +455,45 @@ def resolved_settings(
     return {key: _plain(values[key]) for key in valid}
 
 
+def _float32(value):
+    """Tensors as float32, also those in a list, a tuple or a dict."""
+    if isinstance(value, dict):
+        return {key: _float32(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_float32(one) for one in value)
+    return value.float()
+
+
+def _anchors_in_float32(_, args):
+    images, maps = args
+    if maps[0].dtype == torch.float32:
+        return None
+    # of the maps only dtype, device and size are asked
+    return images, [m.new_empty(1, dtype=torch.float32).expand(m.shape) for m in maps]
+
+
+def boxes_in_float32(model: nn.Module) -> None:
+    """Keep coordinates in float32 under autocast, whatever the network computes in.
+
+    torchvision makes anchors in the dtype of the feature maps, and decodes boxes in
+    that of the heads' outputs. bfloat16 has 8 significant bits: above 256 px each
+    coordinate would be a multiple of 2, a small proposal lose its width, and the loss
+    become infinite. The maps and the heads themselves stay as they are.
+
+    Args:
+        model: a FasterRCNN, FCOS, RetinaNet or SSD of torchvision, changed in place.
+            Those of `build_model` come so.
+    """
+    if isinstance(model, FasterRCNN):
+        heads = [model.rpn.head, model.roi_heads.box_predictor]
+        anchors = model.rpn.anchor_generator
+    else:
+        heads, anchors = [model.head], model.anchor_generator
+    for head in heads:
+        head.register_forward_hook(lambda _, args, output: _float32(output))
+    anchors.register_forward_pre_hook(_anchors_in_float32)
+
+
 def _plain(value):
     """Tuples as lists, as they come back from JSON."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -484,7 +523,8 @@ def build_model(
         A module in torchvision's convention: images are a list of float (3, H, W) in
         0..1; targets a list of {"boxes": float32 (N, 4) xyxy, "labels": int64 (N,)}.
         It returns a dict of losses in training and a list of {"boxes", "labels",
-        "scores"} in evaluation.
+        "scores"} in evaluation. Under autocast its boxes, scores and losses are
+        float32 as well.
 
     Raises:
         ValueError: an unknown name or setting; the message lists the valid ones.
@@ -516,6 +556,7 @@ def build_model(
         _set_norm(model.backbone.body, *norm)
     if layers is not None:
         _train_last(model.backbone, layers)
+    boxes_in_float32(model)
     return model
 
 
@@ -560,7 +601,7 @@ def model_from_checkpoint(path, device="cpu"):
             f"the weights in {path} do not fit {checkpoint['architecture']} with "
             f"{len(checkpoint['class_names'])} classes: {str(error)[:300]}"
         ) from error
-    heavy = ("model", "trained", "optimizer", "scheduler", "unreported")
+    heavy = ("model", "trained", "optimizer", "scheduler", "scaler", "unreported")
     meta = {key: value for key, value in checkpoint.items() if key not in heavy}
     return model.to(device).eval(), meta
 

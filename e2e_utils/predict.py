@@ -1,6 +1,6 @@
 """A picture or a whole scene in, boxes out: as arrays, as GeoJSON, as COCO results.
 
-Copy: this file, tiling.py (for the one tile grid) and scenes.py.
+Copy: this file, grid.py (the one tile grid) and scenes.py.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from e2e_utils.tiling import read_rgb, read_window, tile_grid, write_atomically
+from e2e_utils.grid import tile_grid
+from e2e_utils.scenes import read_rgb, read_window, write_atomically
 
 PAIRS = 1_000_000  # boxes compared at a time: bounds the memory of merging
 

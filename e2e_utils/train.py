@@ -8,7 +8,8 @@
 
 SIGTERM makes it save and end with exit code 143; the same command goes on from there.
 
-Copy: this file, config.py, data.py, sampling.py, models.py, optim.py and evaluate.py.
+Copy: this file, config.py, data.py, sampling.py, models.py, optim.py, hardware.py and
+evaluate.py.
 It alone composes the others; the adapters to a cluster call `forward_losses`,
 `make_optimizer`, `lr_factor` and `seed_step`, so that a step means the same thing
 everywhere.
@@ -35,6 +36,14 @@ from tqdm.auto import tqdm
 from e2e_utils.config import TrainConfig, check_same_run, parse_args
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
+from e2e_utils.hardware import (
+    PRECISIONS,
+    choose_precision,
+    find_device,
+    grad_scaler,
+    memory_format,
+    native_precisions,
+)
 from e2e_utils.models import build_model, resolved_settings, start_from
 from e2e_utils.optim import lr_factor, make_optimizer, update_ema
 from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
@@ -42,6 +51,7 @@ from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
 REPORT_STEPS = 20  # losses are averaged over so many steps
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 STOP_STEPS = 10  # several processes agree this often on whether to stop
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -51,31 +61,6 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     run needs no saved generator state, and every adapter draws the same samples.
     """
     torch.manual_seed((seed * 1_000_003 + step) * 9_973 + rank)
-
-
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 if it pays: always on a GPU, on a CPU with AMX or AVX512-bf16.
-
-    On a CPU without them bfloat16 is emulated, and was measured seven times slower
-    than float32.
-    """
-    if amp not in ("auto", "on", "off"):
-        raise ValueError(f"amp must be 'auto', 'on' or 'off', got {amp!r}")
-    if amp == "auto" and device.type == "cpu":
-        native = (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-        amp = "on" if native else "off"
-    return None if amp == "off" else torch.bfloat16
-
-
-def memory_format(dtype: torch.dtype | None) -> torch.memory_format:
-    """The layout of weights that suits what the convolutions compute in.
-
-    Channels last is what the matrix units of bfloat16 want. In float32 on a CPU with
-    AVX2 it costs: 6.9 against 6.3 CPU-s a step of two tiles of a ResNet-50 detector.
-    """
-    return torch.contiguous_format if dtype is None else torch.channels_last
 
 
 def forward_losses(
@@ -114,17 +99,21 @@ def train_step(
     targets: list[dict],
     dtype: torch.dtype | None = None,
     clip_grad: float = 10.0,
+    scaler: torch.amp.GradScaler = NO_SCALER,
 ) -> dict[str, torch.Tensor]:
     """One step of the optimizer; the losses, detached, still on the device.
 
-    Nothing here waits for a GPU: no value of it is read on the host.
+    Nothing here waits for a GPU: no value of it is read on the host, but in float16
+    the scaler's, which may leave out a step whose gradients are too large for it.
     """
     losses = forward_losses(model, images, targets, dtype)
     optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
+    scaler.scale(losses["loss"]).backward()
     if clip_grad:
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     return {key: value.detach() for key, value in losses.items()}
 
 
@@ -149,6 +138,27 @@ def start_process_group() -> tuple[int, int, int]:
     if not dist.is_initialized():
         return 0, 1, 0
     return dist.get_rank(), dist.get_world_size(), local_rank
+
+
+def agree_on_precision(config: TrainConfig, device: torch.device, began: str | None):
+    """The precision that all processes compute in: `choose_precision`.
+
+    Raises:
+        ValueError: of it, the same on all processes; names the run's folder.
+    """
+    able = [native_precisions(device)]
+    if dist.is_initialized():
+        able = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(able, native_precisions(device))
+    common = set.intersection(*map(set, able))
+    try:
+        return choose_precision(config.amp, config.model, device, common, began)
+    except ValueError as error:
+        if began is None:
+            raise
+        raise ValueError(
+            f"{config.output_dir} holds a run that cannot go on here: {error}"
+        ) from error
 
 
 def _anyone(flag: bool, device: torch.device) -> bool:
@@ -201,8 +211,9 @@ def fit(
         The metrics of the last evaluation, with the "step" at which it was.
 
     Raises:
-        ValueError: output_dir holds a run of another configuration, or init_checkpoint
-            a model of another kind.
+        ValueError: output_dir holds a run of another configuration, or of a precision
+            that this machine has no units for; init_checkpoint holds a model of another
+            kind; there is no such device.
         FloatingPointError: the loss is not finite; names the tiles of that step.
     """
     if not 0 <= config.ema < 1:
@@ -214,9 +225,14 @@ def fit(
         )
     rank, world_size, local_rank = start_process_group()
     main = rank == 0
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    dtype = amp_dtype(config.amp, device)
+    device = find_device(config.device, local_rank)
+    output = Path(config.output_dir)
+    state: dict = {}  # of the run that goes on
+    if (output / "last.pt").exists():
+        state = torch.load(output / "last.pt", map_location=device, weights_only=True)
+        check_same_run(state["config"], config)
+    precision = agree_on_precision(config, device, state.get("precision"))
+    dtype = PRECISIONS[precision]
     if world_size > 1 and local_rank:
         dist.barrier()  # one process of each machine writes what cache="disk" keeps
     train_set = CocoTiles(*config.split("train"), default_augment(), config.cache)
@@ -237,9 +253,8 @@ def fit(
         config.weights,
         config.weights_backbone,
         **config.settings,
-    ).to(device, memory_format=memory_format(dtype))
-    output = Path(config.output_dir)
-    if config.init_checkpoint and not (output / "last.pt").exists():
+    ).to(device, memory_format=memory_format(precision))
+    if config.init_checkpoint and not state:
         start_from(model, config.init_checkpoint, config.model, train_set.class_names)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     judged = model if average is None else average  # what is evaluated and served
@@ -247,22 +262,22 @@ def fit(
         model.backbone.compile()  # the rest has shapes that change with the tiles
     scale = world_size if config.scale_lr else 1
     optimizer = make_optimizer(model, replace(config, lr=config.lr * scale))
+    scaler = grad_scaler(precision, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(config, steps, steps_per_epoch)
     )
     output.mkdir(parents=True, exist_ok=True)
     start, best, metrics = 0, -1.0, {}
     recent: list = []  # (losses, image ids); losses stay on the device until reported
-    if (output / "last.pt").exists():
-        state = torch.load(output / "last.pt", map_location=device, weights_only=True)
-        check_same_run(state["config"], config)
+    if state:
         judged.load_state_dict(state["model"])
         model.load_state_dict(state.get("trained", state["model"]))
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state.get("scaler", {}))
         start, best, metrics = state["step"], state["best"], state["metrics"]
         recent = [(losses, []) for losses in state.get("unreported", [])]
-        del state
+        state.clear()  # its tensors
     log = _MetricsLog(output, start, config.tensorboard) if main else None
 
     def tell(values: dict, step: int) -> None:
@@ -285,6 +300,8 @@ def fit(
             "overlap": config.overlap,
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
+            "precision": precision,
             "step": step,
             "epoch": step // steps_per_epoch,
             "config": asdict(config),
@@ -330,7 +347,7 @@ def fit(
     for step, (images, targets) in enumerate(bar, start=start + 1):
         seed_step(config.seed, step, rank)
         losses = train_step(
-            wrapped, optimizer, images, targets, dtype, config.clip_grad
+            wrapped, optimizer, images, targets, dtype, config.clip_grad, scaler
         )
         scheduler.step()
         if average is not None:
@@ -427,7 +444,13 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def main() -> None:
-    config = parse_args()
+    try:
+        _run(parse_args())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _run(config: TrainConfig) -> None:
     terminated, saved = threading.Event(), []
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 

@@ -6,9 +6,11 @@ server takes must not depend on who asks.
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -139,6 +141,46 @@ def ask_v1(url: str, body: dict | bytes, model: str = MODEL, **options):
     headers = {"Content-Type": "application/json"}
     options = {"timeout": 120, "headers": headers, **options}
     return requests.post(f"{url}/v1/models/{model}:predict", data=data, **options)
+
+
+@contextlib.contextmanager
+def held(url: str, body: dict, count: int):
+    """V1 requests that stay in flight for as long as one wishes, on any machine.
+
+    The last byte of each body is held back.
+
+    Yields:
+        Functions that send the last byte and give the status of the answer; they raise
+        ConnectionError if the server is gone.
+    """
+    data = json.dumps(body).encode()
+    head = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+
+    def finish(connection) -> int:
+        connection.send(data[-1:])
+        return connection.getresponse().status
+
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(count):
+            connection = http.client.HTTPConnection(url.split("//")[1], timeout=120)
+            stack.callback(connection.close)
+            path = f"/v1/models/{MODEL}:predict"
+            connection.request("POST", path, data[:-1], head)
+            connections.append(connection)
+        yield [lambda one=one: finish(one) for one in connections]
+
+
+def queued(predicted: str, count: int) -> None:
+    """Wait until so many requests hold a place of a predictor."""
+    wanted, end = f"{count}.0", time.monotonic() + 60
+    while True:
+        text = requests.get(f"{predicted}/metrics", timeout=60).text
+        (found,) = re.findall(r"^predictor_queue_length (\S+)$", text, re.MULTILINE)
+        if found == wanted:
+            return
+        assert time.monotonic() < end, f"{found} requests hold a place"
+        time.sleep(0.05)
 
 
 def ask_v2(url: str, content: bytes | dict, model: str = MODEL, **fields):

@@ -112,6 +112,27 @@ def test_the_graphs_have_nothing_that_is_known_to_be_slow(artefact):
     assert [names[n.name] for n in heads] == ["Maximum"] * len(heads)
 
 
+@pytest.mark.slow
+def test_proposals_are_computed_in_float32_where_the_network_is_in_bf16(artefact):
+    core, hint = openvino.Core(), {"INFERENCE_PRECISION_HINT": "bf16"}
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16")
+    compiled = core.compile_model(str(artefact / "model.xml"), "CPU", hint)
+    network, boxes = set(), {}
+    for op in compiled.get_runtime_model().get_ops():
+        told = {key: value.astype(str) for key, value in op.get_rt_info().items()}
+        kind, precision = told["layerType"], told["runtimePrecision"]
+        if kind == "Convolution":
+            network.add(precision)
+        elif kind not in ("Reorder", "Convert", "ROIAlign"):  # between precisions
+            if artefacts._BOXES.search(op.get_friendly_name()):
+                boxes.setdefault(precision, []).append(op.get_friendly_name())
+    assert network == {"bf16"}
+    assert len(boxes["f32"]) > 50
+    # but for the pooling's own copy of the regions
+    assert all("/box_roi_pool/" in name for name in boxes.get("bf16", []))
+
+
 @pytest.mark.parametrize("count", [7, 1, 0])
 def test_levels_are_gathered_as_torchvision_scatters_them(count):
     draw = torch.Generator().manual_seed(count)
@@ -441,7 +462,7 @@ def test_an_engine_without_its_library_names_it(
 def test_what_load_engine_refuses(plain, tmp_path):
     with pytest.raises(ValueError, match="no engine 'tensorrt'; valid: torch, openv"):
         engines.load_engine(plain, "tensorrt")
-    with pytest.raises(ValueError, match="no precision 'int8'; valid: fp32, bf16"):
+    with pytest.raises(ValueError, match="no precision 'int8'; valid: fp32, bf16, fp"):
         engines.load_engine(plain, precision="int8")
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         engines.load_engine(plain, threads=0)
@@ -468,37 +489,138 @@ def test_a_damaged_artefact_names_the_file(copy):
             engines.load_engine(copy)
 
 
-def test_bf16_is_refused_until_it_is_approved(copy):
-    with pytest.raises(ValueError, match="bf16 is not approved for torch.*approve_bf1"):
-        engines.load_engine(copy, precision="bf16", emulate=True)
-    describe(copy, bf16={"torch": {"approved": False}})
-    with pytest.raises(ValueError, match="bf16 is not approved for torch"):
-        engines.load_engine(copy, precision="bf16", emulate=True)
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cpu:0", "CUDA", ""])
+def test_a_device_that_is_none_is_refused(plain, device):
+    with pytest.raises(ValueError, match=f"no device '{device}'; valid: cpu, cuda, cu"):
+        engines.load_engine(plain, device=device)
 
 
-def test_bf16_is_refused_where_it_would_be_emulated(copy, monkeypatch):
-    describe(copy, bf16={"torch": {"approved": True}})
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    with pytest.raises(RuntimeError, match="this CPU has no bf16.*take precision='fp3"):
-        engines.load_engine(copy, precision="bf16")
-    module, meta = engines.load_engine(copy, precision="bf16", emulate=True)
-    assert meta["precision"] == "bf16"
+def test_a_gpu_that_is_not_there_is_refused_before_the_artefact_is_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=f"'{device}', but torch .* no GPU"):
+            engines.load_engine(tmp_path / "absent", device=device)
+    # a test double: this machine need not have one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="'cuda:1', but torch .* finds 1 GPU"):
+        engines.load_engine(tmp_path / "absent", device="cuda:1")
+    for engine in OTHERS:
+        with pytest.raises(ValueError, match=f"{engine} runs on the CPU alone, not on"):
+            engines.load_engine(tmp_path / "absent", engine, device="cuda")
+
+
+def test_torch_takes_the_gpu_if_there_is_one_and_the_others_the_cpu(monkeypatch):
+    cpu = torch.device("cpu")
+    for there, wanted in ((False, cpu), (True, torch.device("cuda:0"))):  # a double
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert engines.resolve_device("torch") == wanted
+        for engine in engines.ENGINES:
+            assert engines.resolve_device(engine, "cpu") == cpu
+        assert engines.resolve_device("openvino") == cpu
+
+
+def test_the_description_tells_where_it_computes(plain):
+    for device, wanted in (
+        ("cpu", "cpu"),
+        (None, str(engines.resolve_device("torch"))),
+    ):
+        module, meta = engines.load_engine(plain, device=device)
+        assert meta["device"] == wanted
+        assert next(module.parameters()).device == torch.device(wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_the_boxes_are_those_of_the_cpu(plain):
+    on_cpu, _ = engines.load_engine(plain, device="cpu")
+    on_gpu, meta = engines.load_engine(plain, device="cuda")
+    assert meta["device"] == "cuda:0" and not torch.backends.cudnn.allow_tf32
+    for size in SIZES:
+        picture = decode(jpeg(*size, seed=7))
+        same(predict_image(on_cpu, picture), predict_image(on_gpu, picture))
+    scene = decode(jpeg(500, 700, seed=3))
+    same(*(predict_scene(m, scene, score_threshold=0.0) for m in (on_cpu, on_gpu)))
+
+
+# In a process of its own: the libraries of other roads are gone there.
+WITHOUT = """
+import sys
+for name in sys.argv[2].split(","):
+    sys.modules[name] = None
+import numpy as np
+from e2e_utils.engines import load_engine
+from e2e_utils.predict import predict_image, predict_scene, to_geojson
+module, meta = load_engine(sys.argv[1], device="cpu")
+pixels = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
+found = predict_image(module, pixels, class_names=meta["class_names"])
+scene = predict_scene(module, pixels, score_threshold=0.0)
+assert len(found["names"]) and len(scene["scores"])
+"""
+ELSEWHERE = ("kserve", "openvino", "onnx", "onnxruntime", "determined", "ray")
+ELSEWHERE += ("msgspec", "obstore", "fastapi", "grpc", "psutil", "requests")
+
+
+def test_torch_serves_an_artefact_without_the_libraries_of_other_roads(plain):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(plain), ",".join(ELSEWHERE)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_is_refused_until_it_is_approved(copy, precision):
+    refused = {"precision": precision, "emulate": True}
+    told = f"{precision} is not approved for torch.*approve_bf16"
+    with pytest.raises(
+        ValueError, match=told + (" --precision fp16" * (told[0] == "f"))
+    ):
+        engines.load_engine(copy, **refused)
+    describe(copy, **{precision: {"torch": {"approved": False}}})
+    with pytest.raises(ValueError, match=told):
+        engines.load_engine(copy, **refused)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_is_refused_where_it_would_be_emulated(
+    copy, monkeypatch, precision
+):
+    describe(copy, **{precision: {"torch": {"approved": True}}})
+    monkeypatch.setattr(engines, "native_precisions", lambda device: ("fp32",))
+    with pytest.raises(
+        RuntimeError, match=f"CPU has no units for {precision}.*ke fp32"
+    ):
+        engines.load_engine(copy, precision=precision, device="cpu")
+    module, meta = engines.load_engine(
+        copy, precision=precision, device="cpu", emulate=True
+    )
+    assert meta["precision"] == precision
     output = module([torch.rand(3, 120, 90)])[0]
     assert output["boxes"].dtype == output["scores"].dtype == torch.float32
 
 
 @pytest.mark.slow
 def test_onnxruntime_has_no_bf16_and_openvino_only_where_the_cpu_has(artefact):
-    with pytest.raises(RuntimeError, match="onnxruntime has no bf16"):
-        engines.load_engine(artefact, "onnxruntime", "bf16", approved_only=False)
+    for engine, precision in (
+        ("onnxruntime", "bf16"),
+        ("onnxruntime", "fp16"),
+        ("openvino", "fp16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{engine} has no {precision} on a CPU"):
+            engines.load_engine(artefact, engine, precision, approved_only=False)
     import openvino
 
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" in able:
         engines.load_engine(artefact, "openvino", "bf16", approved_only=False)
     else:
-        with pytest.raises(RuntimeError, match="openvino: this CPU has no bf16"):
+        with pytest.raises(RuntimeError, match="openvino: this CPU has no units for b"):
             engines.load_engine(artefact, "openvino", "bf16", approved_only=False)
 
 
@@ -527,19 +649,28 @@ def labelled(plain, tmp_path):
 
 
 @pytest.mark.slow
-def test_approval_is_measured_on_labelled_tiles_and_remembered(copy, labelled):
-    outcome = approve_bf16(copy, "torch", *labelled, max_drop=1.0, emulate=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_approval_is_measured_on_labelled_tiles_and_remembered(
+    copy, labelled, precision
+):
+    options = {"precision": precision, "emulate": True}
+    outcome = approve_bf16(copy, "torch", *labelled, max_drop=1.0, **options)
     assert outcome["approved"] and outcome["tiles"] == 2
     assert outcome["AP_fp32"] == pytest.approx(1.0)
-    assert outcome["drop"] == pytest.approx(outcome["AP_fp32"] - outcome["AP_bf16"])
-    assert engines.read_artefact(copy)["bf16"] == {"torch": outcome}
-    engines.load_engine(copy, precision="bf16", emulate=True)
+    drop = outcome["AP_fp32"] - outcome[f"AP_{precision}"]
+    assert outcome["drop"] == pytest.approx(drop)
+    assert outcome["device"] == str(engines.resolve_device("torch"))
+    assert engines.read_artefact(copy)[precision] == {"torch": outcome}
+    engines.load_engine(copy, **options)
+    (other,) = {"bf16", "fp16"} - {precision}  # an approval is of one precision
+    with pytest.raises(ValueError, match=f"{other} is not approved"):
+        engines.load_engine(copy, precision=other, emulate=True)
     assert {path.name for path in copy.iterdir()} == {"detector.json", "model.pth"}
     # measured again with what it loses not allowed: the approval is taken back
-    outcome = approve_bf16(copy, "torch", *labelled, max_drop=-1.0, emulate=True)
+    outcome = approve_bf16(copy, "torch", *labelled, max_drop=-1.0, **options)
     assert not outcome["approved"]
-    with pytest.raises(ValueError, match="bf16 is not approved"):
-        engines.load_engine(copy, precision="bf16", emulate=True)
+    with pytest.raises(ValueError, match=f"{precision} is not approved"):
+        engines.load_engine(copy, **options)
 
 
 def test_approval_refuses_tiles_that_tell_nothing(copy, labelled):
@@ -553,6 +684,8 @@ def test_approval_refuses_tiles_that_tell_nothing(copy, labelled):
     path.write_text(json.dumps(few))
     with pytest.raises(ValueError, match="3 categories that are not the 60 classes"):
         approve_bf16(copy, "torch", path, folder, emulate=True)
+    with pytest.raises(ValueError, match="no lower precision 'fp32'; valid: bf16, fp1"):
+        approve_bf16(copy, "torch", path, folder, precision="fp32")
     assert "bf16" not in engines.read_artefact(copy)
 
 

@@ -298,13 +298,13 @@ def handler(mar, tmp_path_factory):
     return start_handler(mar, tmp_path_factory.mktemp("unpacked"))
 
 
-def start_handler(mar, folder):
+def start_handler(mar, folder, gpu_id=None):
     """The handler in an unpacked archive, as a worker of TorchServe starts it."""
     with zipfile.ZipFile(mar) as archive:
         archive.extractall(folder)
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     context = SimpleNamespace(
-        system_properties={"model_dir": str(folder), "gpu_id": None},
+        system_properties={"model_dir": str(folder), "gpu_id": gpu_id},
         manifest=manifest,
         model_yaml_config={},
         metrics=SimpleNamespace(add_time=lambda *a, **k: None),
@@ -345,6 +345,39 @@ def test_the_handler_answers_what_local_prediction_answers(handler, stripped):
             strict=True,
         ):
             assert row == {meta["class_names"][label]: box, "score": score}
+
+
+class OneGpu:
+    """A test double of torch for TorchServe's base class: a GPU that is the CPU."""
+
+    def __init__(self) -> None:
+        self.asked, self.cuda = [], SimpleNamespace(is_available=lambda: True)
+
+    def device(self, name: str) -> torch.device:
+        self.asked.append(name)
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def test_the_handler_takes_the_gpu_that_torchserve_gives_it(
+    mar, handler, tmp_path, monkeypatch
+):
+    import ts.torch_handler.base_handler as base
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    torch.set_float32_matmul_precision("high")  # what the base class does on a GPU
+    monkeypatch.setattr(base, "torch", gpu := OneGpu())
+    try:
+        on_gpu = start_handler(mar, tmp_path, gpu_id=3)
+        assert gpu.asked == ["cuda:3"]
+        assert on_gpu([instance(jpeg())]) == handler([instance(jpeg())])
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_thin_first_picture_spoils_no_later_one(mar, handler, tmp_path):

@@ -6,17 +6,22 @@ writes the record anew. Without it the last test compares the statuses with thos
 the file.
 """
 
+import asyncio
+import http.client
 import io
 import os
 import re
 import signal
+import threading
 import time
 
 import grpc
+import httpx
 import psutil
 import pytest
 import requests
 import torch
+from fastapi import FastAPI
 from PIL import Image
 from servers import (
     MODEL,
@@ -25,10 +30,12 @@ from servers import (
     boxes_v1,
     gone,
     grpc_request,
+    held,
     instance,
     jpeg_header,
     png,
     processes_of,
+    queued,
     stub,
     together,
 )
@@ -36,6 +43,8 @@ from serving import ROOT, checkpoint, jpeg
 
 from e2e_utils import export
 from kserve_utils.predictor.local import predictor
+from kserve_utils.predictor.model import Detector, Limits
+from kserve_utils.predictor.rest import add_routes
 from kserve_utils.torchserve_utils.local import torchserve
 
 pytestmark = pytest.mark.slow
@@ -184,27 +193,31 @@ def test_a_wrong_model_and_a_wrong_verb_say_so(torchserved, predicted):
     well(torchserved, predicted)
 
 
-def test_a_picture_in_two_hundred_requests_at_once(torchserved, predicted):
-    fault = "200 callers at once"
-    for column, url, busy in zip(
-        COLUMNS, (torchserved, predicted), (503, 429), strict=False
-    ):
+def test_two_hundred_requests_at_once_at_torchserve(torchserved):
+    answers = together(200, lambda _: ask_v1(torchserved, instance(TILE)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    told("200 callers at once", COLUMNS[0], "200 or 503", reason_of(refused))
+    well(torchserved, "")
 
-        def ask(index: int, url=url):
-            if url == predicted and index % 20 == 0:  # health, in the middle of it
-                return requests.get(f"{url}/v2/health/ready", timeout=120)
-            return ask_v1(url, instance(TILE))
 
-        answers = together(200, ask)
-        statuses = {answer.status_code for answer in answers}
-        assert statuses == {200, busy}
-        refused = [answer for answer in answers if answer.status_code == busy]
-        if url == predicted:
-            assert all(answer.ok for answer in answers[::20])
-            assert all(1 <= int(a.headers["Retry-After"]) <= 30 for a in refused)
-        reason = re.sub(r"\d+ requests", "N requests", reason_of(refused[0]))
-        told(fault, column, f"200 or {busy}", reason)
-    well(torchserved, predicted)
+def test_two_hundred_requests_at_once_at_the_predictor(predicted):
+    def ask(index: int):
+        if index % 20 == 0:  # health, in the middle of it
+            return requests.get(f"{predicted}/v2/health/ready", timeout=120)
+        return ask_v1(predicted, instance(TILE))
+
+    with held(predicted, instance(TILE), 16) as requests_:  # every place is taken
+        queued(predicted, 16)
+        answers = together(184, ask)
+        assert [finish() for finish in requests_] == [200] * 16
+    assert all(answer.ok for answer in answers[::20])
+    refused = [one for index, one in enumerate(answers) if index % 20]
+    assert {answer.status_code for answer in refused} == {429}
+    assert all(1 <= int(one.headers["Retry-After"]) <= 30 for one in refused)
+    reason = re.sub(r"\d+ requests", "N requests", reason_of(refused[0]))
+    told("200 callers at once", COLUMNS[1], "200 or 429", reason)
+    well("", predicted)
 
 
 def test_a_scene_that_cannot_be_read_is_refused_without_its_path(predicted):
@@ -239,78 +252,111 @@ def test_a_worker_that_is_killed_comes_back(torchserved):
     well(torchserved, "")
 
 
-def killed(url: str, pid: int) -> list:
-    """Kill a server while eight callers wait; what they get."""
-
-    def ask(index: int):
-        if index == 0:
-            time.sleep(0.3)
-            os.kill(pid, signal.SIGKILL)
-            return None
-        return ask_v1(url, instance(TILE))
-
-    return together(9, ask)[1:]
+def java_of(url: str) -> int:
+    (java,) = [pid for pid in processes_of(url) if "java" in psutil.Process(pid).name()]
+    return java
 
 
 def test_a_server_that_is_killed_is_a_lost_connection_at_once(tree, artefact):
     fault = "kill -9 of the server"
-    servers = (
+    for column, server in (
         (COLUMNS[0], torchserve(tree)),
-        (COLUMNS[1], predictor(artefact, arguments=["--max_queue", "32"])),
-    )
-    for column, server in servers:
-        with server as url:
-            mine = processes_of(url)
-            pid = getattr(url, "pid", None) or next(
-                pid for pid in mine if "java" in psutil.Process(pid).name()
-            )
-            found = killed(url, pid)
-            lost = [one for one in found if isinstance(one, Exception)]
-            assert lost and all(
-                isinstance(one, requests.ConnectionError) for one in lost
-            )
+        (COLUMNS[1], predictor(artefact)),
+    ):
+        with server as url, held(url, instance(TILE), 4) as in_flight:
+            mine, answered = processes_of(url), threading.Event()
+
+            def ask(index: int, url=url, answered=answered):
+                if index:  # asks without a pause
+                    return until_lost(url, answered)
+                assert answered.wait(120)
+                return os.kill(getattr(url, "pid", 0) or java_of(url), signal.SIGKILL)
+
+            lost = together(9, ask)[1:]
+            assert all(isinstance(one, LOST) for one in lost), lost
+            for finish in in_flight:
+                with pytest.raises((ConnectionError, http.client.HTTPException)):
+                    finish()
         assert gone(mine)
         told(fault, column, "connection closed", "ask again elsewhere")
+
+
+LOST = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
+
+
+def until_lost(url: str, answered: threading.Event) -> Exception:
+    """What ends asking again and again; a timeout is raised, for it is none of them."""
+    while True:
+        try:
+            ask_v1(url, instance(TILE))
+        except LOST as error:
+            return error
+        answered.set()
 
 
 def test_sigterm_under_load(tree, artefact):
     """TorchServe drops what is in flight, the predictor answers it and then ends."""
     fault = "SIGTERM under load"
-    options = ["--drain_delay", "1", "--max_queue", "32"]
-    with predictor(artefact, arguments=options) as url:
+    with (
+        predictor(artefact, arguments=["--drain_delay", "5"]) as url,
+        held(url, instance(TILE), 8) as in_flight,
+    ):
         process = psutil.Process(url.pid)
-
-        def ask(index: int):
-            if index == 0:
-                time.sleep(0.3)
-                os.kill(url.pid, signal.SIGTERM)
-                time.sleep(0.4)  # within the delay: no longer ready, still serving
-                return requests.get(f"{url}/v2/health/ready", timeout=60)
-            return ask_v1(url, instance(TILE))
-
-        ready, *answers = together(9, ask)
-        assert [answer.status_code for answer in answers] == [200] * 8
-        assert ready.status_code == 503
-        assert process.wait(timeout=40) in (0, None)
+        queued(url, 8)
+        process.terminate()
+        while (ready := requests.get(f"{url}/v2/health/ready", timeout=60)).ok:
+            time.sleep(0.05)
+        assert ready.status_code == 503  # no longer ready, still serving
+        assert ask_v1(url, instance(TILE)).status_code == 200
+        assert [finish() for finish in in_flight] == [200] * 8
+        assert process.wait(timeout=60) in (0, None)
     told(fault, COLUMNS[1], 200, "in flight: answered; new: not ready, then refused")
-    with torchserve(tree) as url:
-        (java,) = [
-            pid for pid in processes_of(url) if "java" in psutil.Process(pid).name()
-        ]
+    with torchserve(tree) as url, held(url, instance(TILE), 8) as in_flight:
+        java = psutil.Process(java_of(url))
+        java.terminate()
+        java.wait(timeout=60)
+        for finish in in_flight:
+            with pytest.raises((ConnectionError, http.client.HTTPException)):
+                finish()
+    told(fault, COLUMNS[0], "dropped", "requests in flight get no boxes")
 
-        def ask_it(index: int):
-            if index == 0:
-                time.sleep(0.3)
-                os.kill(java, signal.SIGTERM)
-                return None
-            return ask_v1(url, instance(TILE))
 
-        found = together(9, ask_it)[1:]
-        lost = [
-            one for one in found if isinstance(one, Exception) or one.status_code != 200
-        ]
-        assert lost
-        told(fault, COLUMNS[0], "dropped", "requests in flight get no boxes")
+class FullGpu(torch.nn.Module):
+    """A test double of a detector on a GPU: its memory is full for one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.full = torch.nn.Parameter(torch.empty(0)), True
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict]:
+        if self.full:
+            self.full = False
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        one = {"boxes": torch.ones(1, 4), "labels": torch.ones(1, dtype=torch.int64)}
+        return [{**one, "scores": torch.ones(1)} for _ in images]
+
+
+@pytest.mark.parametrize("scene", [False, True])
+def test_a_gpu_whose_memory_is_full_is_503_and_the_next_picture_is_answered(scene):
+    meta = {"tile_size": 300, "overlap": 0.2, "max_pixels": 1 << 24}
+    meta |= {"score_threshold": 0.0, "class_names": ["background", "car"]}
+    detector = Detector(FullGpu(), meta, MODEL, Limits())
+    app = FastAPI()
+    add_routes(app, detector)
+    body = {**instance(TILE), "parameters": {"scene": scene}}
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)  # in this process, through the routes
+        async with httpx.AsyncClient(transport=transport, base_url="http://-") as one:
+            url = f"/v1/models/{MODEL}:predict"
+            return [await one.post(url, json=body, timeout=120) for _ in range(2)]
+
+    first, second = asyncio.run(ask())
+    detector.close()
+    assert first.status_code == 503 and first.headers["Retry-After"] == "5"
+    assert second.status_code == 200 and detector.waiting == 0
+    fault = "the GPU's memory is full (a test double of a detector says so)"
+    told(fault, COLUMNS[1], 503, reason_of(first))
 
 
 def test_what_is_damaged_or_foreign_never_starts(tree, artefact, tmp_path):

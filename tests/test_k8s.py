@@ -38,6 +38,8 @@ VOLUME = OBJECTS["PersistentVolume", "task-pv-volume"]
 PAIRS = {
     "torchserve": ("xview-torchserve", "torchserve"),
     "predictor": ("xview-predictor", "xview-predictor"),
+    "torchserve, GPU": ("xview-torchserve", "torchserve-gpu"),
+    "predictor, GPU": ("xview-predictor", "xview-predictor-gpu"),
 }
 
 
@@ -217,12 +219,52 @@ def test_the_predictor_scales_by_a_metric_between_bounds():
     assert annotations["serving.kserve.io/autoscalerClass"] == "hpa"
 
 
+GPU = ("torchserve, GPU", "predictor, GPU")
+
+
+@pytest.mark.parametrize("which", GPU)
+def test_a_service_on_a_gpu_asks_for_one_and_can_be_replaced(which):
+    runtime, service = runtime_and_service(which)
+    predictor = service["spec"]["predictor"]
+    asked = predictor["model"]["resources"]
+    assert asked["limits"] == asked["requests"]
+    assert asked["limits"]["nvidia.com/gpu"] == "1"
+    # two pods of one GPU each: the new one would wait for the old one's
+    assert predictor["minReplicas"] == predictor["maxReplicas"] == 1
+    assert predictor["deploymentStrategy"] == {"type": "Recreate"}
+    (container,) = runtime["spec"]["containers"]
+    tag = container["image"].rsplit(":", 1)[1]
+    assert predictor["model"]["runtimeVersion"] == f"{tag}-gpu"
+
+
+def test_the_predictor_on_a_gpu_takes_the_runtimes_arguments_and_its_own():
+    from kserve_utils.predictor.__main__ import parse
+
+    _, service = runtime_and_service("predictor, GPU")
+    predictor = service["spec"]["predictor"]
+    # KServe appends them
+    arguments = parse(predictor_container()["args"] + predictor["model"]["args"])
+    assert (arguments.engine, arguments.device) == ("torch", "cuda")
+    assert arguments.precision == "fp32" and arguments.model_dir == "/mnt/models"
+    given = predictor["terminationGracePeriodSeconds"]
+    assert given >= arguments.drain_delay + arguments.grace_period + 5
+    assert predictor["automountServiceAccountToken"] is False
+
+
+def selected(policy: dict) -> set[str]:
+    """The InferenceServices whose pods a NetworkPolicy is for."""
+    (one,) = policy["podSelector"]["matchExpressions"]
+    assert (one["key"], one["operator"]) == ("serving.kserve.io/inferenceservice", "In")
+    return set(one["values"])
+
+
+def services_of(runtime: str) -> set[str]:
+    return {service for one, service in PAIRS.values() if one == runtime}
+
+
 def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns():
     policy = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    _, service = runtime_and_service("predictor")
-    (label,) = policy["podSelector"]["matchLabels"].items()
-    name = service["metadata"]["name"]
-    assert label == ("serving.kserve.io/inferenceservice", name)
+    assert selected(policy) == services_of("xview-predictor")
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     # a rule without a selector, or with an empty one, would let everyone in
     for rule in policy["ingress"] + policy["egress"]:
@@ -252,8 +294,7 @@ def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns(
 def test_the_management_of_torchserve_is_closed_to_the_cluster():
     policy = OBJECTS["NetworkPolicy", "torchserve"]["spec"]
     ours = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    service = OBJECTS["InferenceService", "torchserve"]["metadata"]["name"]
-    assert list(policy["podSelector"]["matchLabels"].values()) == [service]
+    assert selected(policy) == services_of("xview-torchserve")
     assert policy["policyTypes"] == ours["policyTypes"]
     assert policy["egress"] == ours["egress"]
     peers = [rule["from"] for rule in policy["ingress"]]

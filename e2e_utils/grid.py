@@ -1,0 +1,97 @@
+"""The one tile grid of the repository, and boxes clipped to its tiles.
+
+Copy: this file. (It needs numpy only, so that prediction does not need what cutting a
+data set needs.)
+"""
+
+import numpy as np
+
+
+def _starts(length: int, size: int, overlap: int) -> np.ndarray:
+    """Tile starts along one side: steps of size - overlap, the last one shifted in."""
+    if length <= size:
+        return np.zeros(1, np.int64)
+    steps = -(-(length - size) // (size - overlap))
+    return np.minimum(np.arange(steps + 1) * (size - overlap), length - size)
+
+
+def check_grid(size: int, overlap: float) -> None:
+    """ValueError if there is no such grid; see `tile_grid`."""
+    if size < 1:
+        raise ValueError(f"tile size is {size}; give a number of pixels from 1 up")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is {overlap}; give a fraction with 0 <= overlap < 1")
+
+
+def tile_grid(
+    height: int, width: int, size: int = 300, overlap: float = 0.2
+) -> np.ndarray:
+    """Cover a scene with overlapping square tiles, row by row.
+
+    Neighbours share `int(overlap * size)` pixels. A last tile that would pass the
+    border is shifted back inside, so every tile has the full size unless the scene
+    itself is smaller. Same tiles, same order as `sahi.slicing.get_slice_bboxes`.
+
+    Args:
+        height: scene height in pixels, 1 or more.
+        width: scene width in pixels, 1 or more.
+        size: side of a tile in pixels, 1 or more.
+        overlap: shared fraction of a tile's side, 0 <= overlap < 1.
+
+    Returns:
+        int64 (T, 4), x1, y1, x2, y2 in scene pixels, ends exclusive.
+
+    Raises:
+        ValueError: a size or the overlap is out of range.
+    """
+    check_grid(size, overlap)
+    if height < 1 or width < 1:
+        raise ValueError(f"scene is {height} x {width} pixels; it needs at least 1 x 1")
+    x1 = _starts(width, size, int(overlap * size))
+    y1 = _starts(height, size, int(overlap * size))
+    y, x = (side.ravel() for side in np.meshgrid(y1, x1, indexing="ij"))
+    ends = np.minimum(x + size, width), np.minimum(y + size, height)
+    return np.stack([x, y, *ends], axis=1)
+
+
+def clip_to_tiles(
+    boxes_xyxy: np.ndarray, grid: np.ndarray, min_area_ratio: float = 0.1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clip every box to every tile it overlaps; SAHI's rule for which to keep.
+
+    A clipped box is kept if int(clipped area) / int(full area) >= min_area_ratio, where
+    the full area counts parts outside the scene. Cost is linear in boxes: the grid is
+    separable, so each box finds its columns and rows by bisection.
+
+    Args:
+        boxes_xyxy: float64 (N, 4), scene pixels, each of area 1 or more.
+        grid: int64 (T, 4) from `tile_grid`.
+        min_area_ratio: 0..1.
+
+    Returns:
+        tile int64 (P,) ascending, box int64 (P,) ascending within a tile, and
+        clipped_xyxy float64 (P, 4) in scene pixels.
+    """
+    x1, x2 = grid[grid[:, 1] == grid[0, 1]][:, [0, 2]].T  # the first row's columns
+    y1, y2 = grid[grid[:, 0] == grid[0, 0]][:, [1, 3]].T
+    left, top, right, bottom = boxes_xyxy.T
+    column = np.searchsorted(x2, left, "right")
+    columns = np.maximum(np.searchsorted(x1, right, "left") - column, 0)
+    row = np.searchsorted(y2, top, "right")
+    pairs = columns * np.maximum(np.searchsorted(y1, bottom, "left") - row, 0)
+    box = np.repeat(np.arange(len(boxes_xyxy)), pairs)
+    nth = np.arange(len(box)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+    tile = (row[box] + nth // columns[box]) * len(x1) + column[box] + nth % columns[box]
+    clipped = np.concatenate(
+        [
+            np.maximum(boxes_xyxy[box, :2], grid[tile, :2]),
+            np.minimum(boxes_xyxy[box, 2:], grid[tile, 2:]),
+        ],
+        axis=1,
+    )
+    full = np.floor((right - left) * (bottom - top))[box]
+    area = np.floor(np.prod(clipped[:, 2:] - clipped[:, :2], axis=1))
+    kept = np.flatnonzero(area / full >= min_area_ratio)
+    narrow = tile[kept].astype(np.min_scalar_type(len(grid)))  # 16 bits sort by radix
+    kept = kept[np.argsort(narrow, kind="stable")]
+    return tile[kept], box[kept], clipped[kept]

@@ -1,0 +1,145 @@
+"""Hardware that this machine is not: the same road on other instruction sets.
+
+Each run differs from this machine in one thing. An instruction set that the CPU has
+can be hidden, one that it lacks cannot be lent: such a run is skipped with its name.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+ROUNDING = 0.1  # of losses: other kernels round otherwise, which moves a training
+
+ROAD = """
+import json, sys
+from pathlib import Path
+import torch
+from e2e_utils.artefact import write_artefact
+from e2e_utils.data import CocoTiles
+from e2e_utils.engines import read_artefact
+from e2e_utils.export import strip_checkpoint
+from e2e_utils.train import TrainConfig, fit, read_metrics
+
+tiles, folder = Path(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(int(sys.argv[3]))  # OMP_NUM_THREADS gives at most the cores
+settings = {"min_size": 96, "max_size": 96, "box_score_thresh": 0.02}  # of few steps
+
+def trained(name, stop=None):
+    config = TrainConfig(
+        str(tiles), str(folder / name), steps=6, eval_steps=6, device="cpu",
+        settings=settings,
+    )
+    calls = iter(range(1, 99))
+    fit(config, should_stop=lambda: next(calls) == stop, progress=False)
+    return torch.load(folder / name / "last.pt", weights_only=True)
+
+whole = trained("whole")
+assert trained("halves", stop=3)["step"] == 3
+halves = trained("halves")
+same = all(torch.equal(v, halves["model"][k]) for k, v in whole["model"].items())
+logs = [read_metrics(folder / n / "metrics.jsonl") for n in ("whole", "halves")]
+stripped = strip_checkpoint(folder / "whole" / "last.pt", folder / "stripped.pth")
+data = CocoTiles(*TrainConfig(str(tiles), "").split("val"))
+pictures = [data.read(i).permute(1, 2, 0).numpy() for i in range(3)]
+parity = read_artefact(write_artefact(stripped, folder / "artefact", tiles=pictures))
+print("road", json.dumps({
+    "aten": torch.backends.cpu.get_cpu_capability(),
+    "threads": torch.get_num_threads(),
+    "resumed": same and logs[0] == logs[1],
+    "precision": whole["precision"],
+    "losses": [r["loss"] for r in logs[0] if "loss" in r],
+    "parity": parity["parity"],
+}))
+"""
+
+
+ISA = """
+import torch
+with torch.no_grad():  # of oneDNN, whose first product tells its instruction set
+    torch.nn.functional.conv2d(torch.ones(4, 64, 64, 64), torch.ones(64, 64, 3, 3))
+"""
+
+
+def lacks(name: str) -> bool:
+    """Whether this CPU has no such instruction set, by what torch tells of it."""
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    here = torch.backends.cpu.get_cpu_capability()
+    return here not in order or order.index(here) < order.index(name.upper())
+
+
+def python(script, *arguments, **changes):
+    mine = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"}
+    env = {k: v for k, v in os.environ.items() if k not in mine}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**env, "OMP_NUM_THREADS": "1", **changes},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def road(tiles, folder, threads=1, **changes):
+    lines = python(ROAD, tiles, folder, threads, **changes)
+    return json.loads(next(x for x in lines if x.startswith("road")).partition(" ")[2])
+
+
+@pytest.fixture(scope="module")
+def as_it_is(tiles, tmp_path_factory):
+    return road(tiles, tmp_path_factory.mktemp("as_it_is"))
+
+
+def check(told):
+    assert told["resumed"]
+    assert told["precision"] == "fp32"  # the small detector's, whatever the CPU has
+    for engine in ("openvino", "onnxruntime"):
+        assert engine in told["parity"]
+    assert told["parity"]["torch"]["boxes"] > 0
+
+
+def test_the_road_on_this_machine_as_it_is(as_it_is):
+    check(as_it_is)
+    assert as_it_is["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ATEN_CPU_CAPABILITY", "default"),
+        ("ATEN_CPU_CAPABILITY", "avx2"),
+        ("ATEN_CPU_CAPABILITY", "avx512"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2"),
+    ],
+)
+def test_the_road_with_another_instruction_set(
+    tiles, tmp_path, as_it_is, variable, value
+):
+    if platform.machine() not in ("x86_64", "AMD64") or lacks(value):
+        pytest.skip(
+            f"this CPU has no {value}: {torch.backends.cpu.get_cpu_capability()}"
+        )
+    told = road(tiles, tmp_path, **{variable: value})
+    check(told)
+    if variable == "ATEN_CPU_CAPABILITY":
+        assert told["aten"].lower() == value
+    else:
+        # not in the run itself: OpenVINO's oneDNN fails where it is to tell of itself
+        lines = python(ISA, ONEDNN_VERBOSE="1", **{variable: value})
+        (isa,) = [line for line in lines if ",cpu,isa:" in line]
+        assert isa.endswith(value)
+    assert told["losses"] == pytest.approx(as_it_is["losses"], rel=ROUNDING)
+
+
+def test_the_road_with_four_threads(tiles, tmp_path, as_it_is):
+    told = road(tiles, tmp_path, threads=4)
+    check(told)
+    assert told["threads"] == 4
+    assert told["losses"] == pytest.approx(as_it_is["losses"], rel=ROUNDING)
