@@ -96,7 +96,9 @@ class _Callback(pytorch.PyTorchCallback):
         if scheduler.last_epoch != step:
             scheduler.last_epoch = step
             for group, factor in zip(
-                self.trial.optimizer.param_groups, scheduler.lr_lambdas, strict=True
+                self.trial.optimizer.param_groups,
+                scheduler.lr_lambdas,  # type: ignore[attr-defined]
+                strict=True,
             ):
                 group["lr"] = group["initial_lr"] * factor(step)
 
@@ -116,7 +118,7 @@ class _Callback(pytorch.PyTorchCallback):
         name, keys, *rest = checkpoint["rng_state"]["np_rng_state"]
         checkpoint["rng_state"]["np_rng_state"] = (name, keys.tolist(), *rest)
 
-    def on_training_workload_end(
+    def on_training_workload_end(  # type: ignore[override]
         self, avg_metrics: dict[str, Any], batch_metrics: list[dict[str, Any]]
     ) -> None:
         if self.trial.chief and self.trial.report:
@@ -178,7 +180,8 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
             hparams, batch_size, self._tiles(hparams)
         )
         self.step = context.get_initial_batch() if start is None else start
-        self.stop = min(stop or self.config.steps, self.config.steps)
+        steps = hparams["max_batches"]
+        self.stop = min(stop or steps, steps)
 
         config = self.config
         self.train_set = CocoTiles(
@@ -202,7 +205,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         # TrainConfig counts the steps of "multistep" in epochs: make one batch an epoch
         unit = 1 if "lr_step_batches" in hparams else self.epoch
         self.scheduler = context.wrap_lr_scheduler(
-            LambdaLR(self.optimizer, lr_factor(config, config.steps, unit)),
+            LambdaLR(self.optimizer, lr_factor(config, steps, unit)),  # type: ignore[arg-type]
             pytorch.LRScheduler.StepMode.MANUAL_STEP,
         )
         self.reducer = context.wrap_reducer(

@@ -235,8 +235,8 @@ def _torch(
         torch.backends.cudnn.allow_tf32 = False  # on by default, see load_engine
         torch.set_float32_matmul_precision("highest")
     module, _ = load_eager(folder / "model.pth", device)
-    if precision != "fp32":
-        module = _Autocast(module, PRECISIONS[precision])
+    if (dtype := PRECISIONS[precision]) is not None:
+        module = _Autocast(module, dtype)
     return module, torch.get_num_threads()
 
 
@@ -246,7 +246,8 @@ def _openvino(
     import openvino
 
     # Without the hint a CPU with AMX computes in bf16, and one of ARM in f16.
-    options = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    options: dict = {"INFERENCE_PRECISION_HINT": hint}
     options |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": at_once}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads * at_once

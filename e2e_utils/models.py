@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -300,8 +301,8 @@ def _refit_head(model: nn.Module, num_classes: int) -> nn.Module:
         size = model.transform.fixed_size
         channels = retrieve_out_channels(model.backbone, size)
         if isinstance(old, SSDLiteClassificationHead):
-            norm = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-            new = SSDLiteClassificationHead(channels, anchors, num_classes, norm)
+            batch = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+            new = SSDLiteClassificationHead(channels, anchors, num_classes, batch)
         else:
             new = SSDClassificationHead(channels, anchors, num_classes)
     model.head.classification_head = new
@@ -338,11 +339,18 @@ _FREEZES_NORM = (
     "resnet152_fasterrcnn_model",
     "resnet152_fpn_fasterrcnn",
 )
-_OBJECTS = ("backbone", "num_classes", "size", "head", "kwargs", "proposal_matcher")
+_OBJECTS: tuple[str, ...] = (
+    "backbone",
+    "num_classes",
+    "size",
+    "head",
+    "kwargs",
+    "proposal_matcher",
+)
 _OBJECTS += ("anchor_generator", "rpn_anchor_generator", "rpn_head")
 _OBJECTS += ("box_roi_pool", "box_head", "box_predictor")
 # Defaults that are not those of the family's constructor.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict] = {
     "fasterrcnn_small": {
         "min_size": 300,  # a tile enters as it is: no resizing
         "max_size": 300,
@@ -429,7 +437,7 @@ def resolved_settings(
     name: str,
     weights: str | None = None,
     weights_backbone: str | None = None,
-    **settings,
+    **settings: Any,
 ) -> dict:
     """Every setting of a model with the value it gets; for a checkpoint.
 
@@ -504,7 +512,7 @@ def build_model(
     num_classes: int = 61,
     weights: str | None = None,
     weights_backbone: str | None = None,
-    **settings,
+    **settings: Any,
 ) -> nn.Module:
     """A detector by name, in training mode.
 
@@ -560,7 +568,9 @@ def build_model(
     return model
 
 
-def model_from_checkpoint(path, device="cpu"):
+def model_from_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, dict]:
     """The model of a checkpoint file, in evaluation mode, and what describes it.
 
     Args:
@@ -606,7 +616,12 @@ def model_from_checkpoint(path, device="cpu"):
     return model.to(device).eval(), meta
 
 
-def start_from(model, path, architecture, class_names):
+def start_from(
+    model: nn.Module,
+    path: str | os.PathLike,
+    architecture: str,
+    class_names: list[str],
+) -> None:
     """Give a model the weights of a checkpoint, to train on from there.
 
     Args:

@@ -140,7 +140,9 @@ def start_process_group() -> tuple[int, int, int]:
     return dist.get_rank(), dist.get_world_size(), local_rank
 
 
-def agree_on_precision(config: TrainConfig, device: torch.device, began: str | None):
+def agree_on_precision(
+    config: TrainConfig, device: torch.device, began: str | None
+) -> str:
     """The precision that all processes compute in: `choose_precision`.
 
     Raises:
@@ -148,7 +150,7 @@ def agree_on_precision(config: TrainConfig, device: torch.device, began: str | N
     """
     able = [native_precisions(device)]
     if dist.is_initialized():
-        able = [[] for _ in range(dist.get_world_size())]
+        able = [()] * dist.get_world_size()
         dist.all_gather_object(able, native_precisions(device))
     common = set.intersection(*map(set, able))
     try:
@@ -253,13 +255,15 @@ def fit(
         config.weights,
         config.weights_backbone,
         **config.settings,
-    ).to(device, memory_format=memory_format(precision))
+    ).to(device)
+    model.to(memory_format=memory_format(precision))
     if config.init_checkpoint and not state:
         start_from(model, config.init_checkpoint, config.model, train_set.class_names)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     judged = model if average is None else average  # what is evaluated and served
     if config.compile:
-        model.backbone.compile()  # the rest has shapes that change with the tiles
+        # not the rest, whose shapes change with the tiles
+        model.backbone.compile()  # type: ignore[union-attr]
     scale = world_size if config.scale_lr else 1
     optimizer = make_optimizer(model, replace(config, lr=config.lr * scale))
     scaler = grad_scaler(precision, device)
@@ -281,7 +285,7 @@ def fit(
     log = _MetricsLog(output, start, config.tensorboard) if main else None
 
     def tell(values: dict, step: int) -> None:
-        if main:
+        if log is not None:
             log.write(values, step)
             if report:
                 report(values, step)
@@ -451,7 +455,8 @@ def main() -> None:
 
 
 def _run(config: TrainConfig) -> None:
-    terminated, saved = threading.Event(), []
+    terminated = threading.Event()
+    saved: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
     def show(values: dict, step: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -126,7 +127,7 @@ def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
                 dashboard_host="127.0.0.1",
                 object_store_memory=200 * 2**20,  # tiles do not pass through it
                 log_to_driver=verbose,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 **options,
             )
             return
@@ -229,7 +230,8 @@ def prepare(
         return config
     tiles = len(json.loads(config.split("train")[1].read_text())["images"])
     epoch = max(1, tiles // (config.batch_size * workers))
-    return replace(config, lr_steps=[_epochs(b, epoch) for b in config.lr_steps])
+    steps = [_epochs(b, epoch) for b in config.lr_steps]
+    return replace(config, lr_steps=steps)  # type: ignore[arg-type]
 
 
 def _epochs(batches: int, epoch: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,12 +127,13 @@ def test_a_run_tells_its_losses_and_keeps_its_newest_checkpoint(undisturbed):
     assert not model.training
 
 
-def test_a_run_of_other_settings_names_the_run_in_its_way(tiles, tmp_path):
-    short = {"steps": 2, "eval_steps": 2}
-    kept = train(config(tiles, **short), 1, tmp_path, name="taken")["checkpoint"]
+def test_a_run_of_other_settings_names_the_run_in_its_way(undisturbed, tiles, tmp_path):
+    run = Path(undisturbed["checkpoint"]).parent
+    shutil.copytree(run, tmp_path / "taken")
+    (kept,) = (tmp_path / "taken").glob("checkpoint_2*")
     before = tables(kept)
     with pytest.raises(ray.train.TrainingFailedError) as raised:
-        other = config(tiles, **short, momentum=0.5)
+        other = config(tiles, momentum=0.5)
         train(other, 1, tmp_path, name="taken", max_failures=0)
     told = str(raised.value)
     assert f"{tmp_path}/taken" in told and "(--name)" in told
