@@ -35,8 +35,8 @@ CPU_BF16_SPEEDUP = {
     "convnext_small_fasterrcnn_model": (1.58, 1.75),
     "convnext_large_fasterrcnn_model": (1.57, 1.76),
 }
-# fasterrcnn_small is left out on purpose. It gains (1.93, 1.58), but its runs take minutes
-# anyway, and so the figures of the notebooks differ between CPUs by rounding alone.
+# fasterrcnn_small is left out on purpose. It gains (1.93, 1.58), but its runs take
+# minutes anyway, and the notebooks' figures differ between CPUs by rounding alone so.
 WORTH = 1.3  # a smaller gain is not worth 16 of 24 bits
 
 
