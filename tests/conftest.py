@@ -11,6 +11,10 @@ import tempfile
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Runs are compared bit by bit, and a GPU's kernels do not repeat themselves so: tests
+# run on the CPU unless asked otherwise, by CUDA_VISIBLE_DEVICES=0.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 # Servers and Ray name their temporary folders by what they are. A folder of its own
 # keeps a worker, or another run of the tests, from taking them for its own. The name
 # is short, because the path of a socket may have 107 characters.
