@@ -25,6 +25,7 @@ import json
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -177,7 +178,7 @@ def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
     return str(hparams["cache_dir"])
 
 
-def absolute_init(value: object) -> object:
+def absolute_init(value: Any) -> Any:
     """init_checkpoint as an absolute path, also each of a range to search.
 
     For whoever starts processes in other working directories.

@@ -47,7 +47,7 @@ def _found(
     scores: np.ndarray,
     class_names: Sequence[str] | None,
 ) -> dict:
-    found = {
+    found: dict = {
         "boxes_xyxy": boxes.astype(np.float32),
         "labels": labels,
         "scores": scores.astype(np.float32),
@@ -88,8 +88,10 @@ def predict_image(
     _check(image)
     output = model(_tensors([image], next(model.parameters()).device))[0]
     keep = output["scores"] >= score_threshold
-    parts = (output[key][keep].cpu().numpy() for key in ("boxes", "labels", "scores"))
-    return _found(*parts, class_names)
+    boxes, labels, scores = (
+        output[key][keep].cpu().numpy() for key in ("boxes", "labels", "scores")
+    )
+    return _found(boxes, labels, scores, class_names)
 
 
 @torch.inference_mode()
@@ -203,7 +205,8 @@ def _rows(image: np.ndarray | str | Path) -> tuple[int, int, Callable]:
     if isinstance(image, np.ndarray):
         _check(image)
         return *image.shape[:2], lambda y1, y2: image[y1:y2]
-    pixels = owner = read_rgb(image)
+    pixels = read_rgb(image)
+    owner: object = pixels
     height, width = pixels.shape[:2]
     while isinstance(owner, np.ndarray):
         owner = owner.base

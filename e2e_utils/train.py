@@ -140,7 +140,9 @@ def start_process_group() -> tuple[int, int, int]:
     return dist.get_rank(), dist.get_world_size(), local_rank
 
 
-def agree_on_precision(config: TrainConfig, device: torch.device, began: str | None):
+def agree_on_precision(
+    config: TrainConfig, device: torch.device, began: str | None
+) -> str:
     """The precision that all processes compute in: `choose_precision`.
 
     Raises:
@@ -148,7 +150,7 @@ def agree_on_precision(config: TrainConfig, device: torch.device, began: str | N
     """
     able = [native_precisions(device)]
     if dist.is_initialized():
-        able = [[] for _ in range(dist.get_world_size())]
+        able = [()] * dist.get_world_size()
         dist.all_gather_object(able, native_precisions(device))
     common = set.intersection(*map(set, able))
     try:
@@ -253,7 +255,9 @@ def fit(
         config.weights,
         config.weights_backbone,
         **config.settings,
-    ).to(device, memory_format=memory_format(precision))
+    ).to(  # type: ignore[call-overload]  # torch has no hint for both at once
+        device, memory_format=memory_format(precision)
+    )
     if config.init_checkpoint and not state:
         start_from(model, config.init_checkpoint, config.model, train_set.class_names)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
@@ -281,7 +285,7 @@ def fit(
     log = _MetricsLog(output, start, config.tensorboard) if main else None
 
     def tell(values: dict, step: int) -> None:
-        if main:
+        if log is not None:
             log.write(values, step)
             if report:
                 report(values, step)
@@ -451,7 +455,8 @@ def main() -> None:
 
 
 def _run(config: TrainConfig) -> None:
-    terminated, saved = threading.Event(), []
+    terminated = threading.Event()
+    saved: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
     def show(values: dict, step: int) -> None:

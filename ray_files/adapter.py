@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -126,7 +127,7 @@ def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
                 dashboard_host="127.0.0.1",
                 object_store_memory=200 * 2**20,  # tiles do not pass through it
                 log_to_driver=verbose,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 **options,
             )
             return
@@ -232,7 +233,7 @@ def prepare(
     return replace(config, lr_steps=[_epochs(b, epoch) for b in config.lr_steps])
 
 
-def _epochs(batches: int, epoch: int) -> float:
+def _epochs(batches: float, epoch: int) -> float:
     """Batches in epochs, such that times `epoch` it is not rounded above them."""
     value = batches / epoch
     return math.nextafter(value, 0) if value * epoch > batches else value

@@ -69,7 +69,7 @@ def approve_bf16(
         valid = ", ".join(LOWER)
         raise ValueError(f"no lower precision {precision!r}; valid: {valid}")
     folder = Path(artefact_dir)
-    options = {"approved_only": False, "emulate": emulate, "device": device}
+    options: dict = {"approved_only": False, "emulate": emulate, "device": device}
     # first, because it refuses a device without units before anything is measured
     loaded, meta = load_engine(folder, engine, precision, threads, **options)
     tiles = CocoTiles(image_dir, json_path)
@@ -81,7 +81,7 @@ def approve_bf16(
     lower = _ap(loaded, tiles)
     loaded, _ = load_engine(folder, engine, "fp32", threads, device=device)
     full = _ap(loaded, tiles)
-    if not full:
+    if not full or lower is None:  # without labels both are None
         raise ValueError(
             f"AP of {folder} on {json_path} is {full}: it tells nothing of "
             f"{precision}; take tiles with labels on which the detector finds something"
