@@ -118,9 +118,10 @@ class _Callback(pytorch.PyTorchCallback):
         name, keys, *rest = checkpoint["rng_state"]["np_rng_state"]
         checkpoint["rng_state"]["np_rng_state"] = (name, keys.tolist(), *rest)
 
-    def on_training_workload_end(  # type: ignore[override]
-        self, avg_metrics: dict[str, Any], batch_metrics: list[dict[str, Any]]
+    def on_training_workload_end(
+        self, avg_metrics: dict[str, Any], batch_metrics: Any
     ) -> None:
+        # a list with a dict for each step, whatever Determined's hint says
         if self.trial.chief and self.trial.report:
             first = self.trial.step - len(batch_metrics) + 1
             for step, losses in enumerate(batch_metrics, start=first):
@@ -204,8 +205,9 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         self.optimizer = context.wrap_optimizer(make_optimizer(self.model, config))
         # TrainConfig counts the steps of "multistep" in epochs: make one batch an epoch
         unit = 1 if "lr_step_batches" in hparams else self.epoch
-        self.scheduler = context.wrap_lr_scheduler(
-            LambdaLR(self.optimizer, lr_factor(config, steps, unit)),  # type: ignore[arg-type]
+        self.scheduler = LambdaLR(self.optimizer, lr_factor(config, steps, unit))
+        context.wrap_lr_scheduler(
+            self.scheduler,  # type: ignore[arg-type]  # hint of torch 1
             pytorch.LRScheduler.StepMode.MANUAL_STEP,
         )
         self.reducer = context.wrap_reducer(

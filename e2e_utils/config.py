@@ -37,7 +37,7 @@ class TrainConfig:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.05  # on matrices and kernels; never on norms and biases
     lr_scheduler: str = "cosine"  # to 1 % of lr; or "multistep"
-    lr_steps: list[int] = field(default_factory=lambda: [16, 22])  # epochs, multistep
+    lr_steps: list[float] = field(default_factory=lambda: [16, 22])  # epochs, multistep
     lr_gamma: float = 0.1  # factor at each of lr_steps
     warmup: float = 0.05  # share of the steps with a linearly rising rate
     clip_grad: float = 10.0  # largest norm of the gradient; 0 for none

@@ -217,7 +217,7 @@ class RandomTranspose(v2.Transform):
         super().__init__()
         self.p = p
 
-    def forward(self, image, target):
+    def forward(self, image: torch.Tensor, target: dict) -> tuple[torch.Tensor, dict]:
         if torch.rand(()) >= self.p:
             return image, target
         boxes = target["boxes"]

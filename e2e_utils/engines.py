@@ -197,7 +197,7 @@ class _Autocast(nn.Module):
         super().__init__()
         self.detector = detector.to(memory_format=torch.channels_last)
         self.dtype = dtype
-        detector.backbone.register_forward_pre_hook(
+        detector.get_submodule("backbone").register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(memory_format=torch.channels_last),)
         )
 
@@ -235,7 +235,8 @@ def _torch(
         torch.backends.cudnn.allow_tf32 = False  # on by default, see load_engine
         torch.set_float32_matmul_precision("highest")
     module, _ = load_eager(folder / "model.pth", device)
-    if (dtype := PRECISIONS[precision]) is not None:
+    dtype = PRECISIONS[precision]
+    if dtype is not None:
         module = _Autocast(module, dtype)
     return module, torch.get_num_threads()
 
@@ -246,9 +247,11 @@ def _openvino(
     import openvino
 
     # Without the hint a CPU with AMX computes in bf16, and one of ARM in f16.
-    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    options: dict = {"INFERENCE_PRECISION_HINT": hint}
-    options |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": at_once}
+    options: dict[str, str | int] = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": at_once,
+    }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads * at_once
     core = openvino.Core()

@@ -80,16 +80,16 @@ def to_coco(
 def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -> dict:
     """The content of a COCO file; ValueError if a detection's image is not in it."""
     if isinstance(ground_truth, dict):
-        content = ground_truth
+        coco = ground_truth
     else:
-        content = json.loads(Path(ground_truth).read_text())
-    known = {image["id"] for image in content["images"]}
+        coco = json.loads(Path(ground_truth).read_text())
+    known = {image["id"] for image in coco["images"]}
     foreign = sorted({d["image_id"] for d in detections} - known)
     if foreign:
         raise ValueError(
             f"detections for images not in the ground truth: {foreign[:5]}"
         )
-    return content
+    return coco
 
 
 @contextlib.contextmanager

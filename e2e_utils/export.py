@@ -252,6 +252,9 @@ max_response_size=67108864
 install_py_dep_per_model=false
 enable_metrics_api=true
 metrics_mode=prometheus
+# a worker computes on one GPU: the first takes GPU 0, the second GPU 1, in turns over
+# all that TorchServe sees (number_of_gpu=0 would keep it on the CPU). The number of
+# workers is that of model_snapshot below: one
 default_workers_per_model=1
 number_of_netty_threads=4
 job_queue_size=10

@@ -108,7 +108,12 @@ def _anchors(settings: dict, levels: int) -> AnchorGenerator:
     return AnchorGenerator(tuple(tuple(s) for s in sizes), (ratios,) * levels)
 
 
-def _small(num_classes, weights, weights_backbone, **settings):
+def _small(
+    num_classes: int,
+    weights: str | None,
+    weights_backbone: str | None,
+    **settings: Any,
+) -> FasterRCNN:
     if weights is not None or weights_backbone is not None:
         raise ValueError(
             "fasterrcnn_small has no pretrained weights: it is the detector that "
@@ -137,11 +142,19 @@ def _small(num_classes, weights, weights_backbone, **settings):
 class _NoExtraLevel(ExtraFPNBlock):
     """An FPN of just the levels given; torchvision's default adds a pooled one."""
 
-    def forward(self, results, x, names):
+    def forward(
+        self, results: list[torch.Tensor], x: list[torch.Tensor], names: list[str]
+    ) -> tuple[list[torch.Tensor], list[str]]:
         return results, names
 
 
-def _torchvision(name, num_classes, weights, weights_backbone, **settings):
+def _torchvision(
+    name: str,
+    num_classes: int,
+    weights: str | None,
+    weights_backbone: str | None,
+    **settings: Any,
+) -> nn.Module:
     anchors = None
     if "anchor_sizes" in settings:
         anchors = _anchors(settings, 5)
@@ -178,10 +191,16 @@ def _set_anchors(model: nn.Module, anchors: AnchorGenerator, num_classes: int) -
         model.head = RetinaNetHead(channels, after, num_classes, norm_layer=norm)
         model.head.regression_head._loss_type = "giou"
     else:
-        model.rpn.head = RPNHead(channels, after, conv_depth=len(model.rpn.head.conv))
+        depth = len(model.rpn.head.conv)  # type: ignore[arg-type]  # a Sequential
+        model.rpn.head = RPNHead(channels, after, conv_depth=depth)
 
 
-def _ssdlite_full_tail(num_classes, weights, weights_backbone, settings):
+def _ssdlite_full_tail(
+    num_classes: int,
+    weights: str | None,
+    weights_backbone: str | None,
+    settings: dict,
+) -> SSD:
     """SSDlite on the MobileNetV3 that ImageNet's weights fit.
 
     torchvision builds it only together with those weights, and otherwise one with
@@ -202,7 +221,13 @@ def _ssdlite_full_tail(num_classes, weights, weights_backbone, settings):
     return SSD(backbone, anchors, size, num_classes, head=head, **settings)
 
 
-def _fpn_fasterrcnn(body, num_classes, weights, weights_backbone, **settings):
+def _fpn_fasterrcnn(
+    body: str,
+    num_classes: int,
+    weights: str | None,
+    weights_backbone: str | None,
+    **settings: Any,
+) -> FasterRCNN:
     """Faster R-CNN with an FPN over a backbone that has no COCO detector."""
     if weights is not None:
         raise ValueError(
@@ -284,7 +309,7 @@ def _refit_head(model: nn.Module, num_classes: int) -> nn.Module:
     old = model.head.classification_head
     if isinstance(model, RetinaNet):
         # retinanet_resnet50_fpn_v2's head is normalised by GroupNorm, v1's is not
-        norm = (
+        norm: functools.partial | None = (
             functools.partial(nn.GroupNorm, 32)
             if any(isinstance(m, nn.GroupNorm) for m in old.modules())
             else None
@@ -339,15 +364,8 @@ _FREEZES_NORM = (
     "resnet152_fasterrcnn_model",
     "resnet152_fpn_fasterrcnn",
 )
-_OBJECTS: tuple[str, ...] = (
-    "backbone",
-    "num_classes",
-    "size",
-    "head",
-    "kwargs",
-    "proposal_matcher",
-)
-_OBJECTS += ("anchor_generator", "rpn_anchor_generator", "rpn_head")
+_OBJECTS: tuple[str, ...] = ("backbone", "num_classes", "size", "head", "kwargs")
+_OBJECTS += ("anchor_generator", "rpn_anchor_generator", "rpn_head", "proposal_matcher")
 _OBJECTS += ("box_roi_pool", "box_head", "box_predictor")
 # Defaults that are not those of the family's constructor.
 _DEFAULTS: dict[str, dict] = {
@@ -386,7 +404,9 @@ _DEFAULTS: dict[str, dict] = {
 }
 
 
-def _default_settings(name, weights, weights_backbone):
+def _default_settings(
+    name: str, weights: str | None, weights_backbone: str | None
+) -> dict:
     family = _FAMILIES.get(name, FasterRCNN)
     parameters = inspect.signature(family).parameters
     values = {k: p.default for k, p in parameters.items() if k not in _OBJECTS}
@@ -463,7 +483,7 @@ def resolved_settings(
     return {key: _plain(values[key]) for key in valid}
 
 
-def _float32(value):
+def _float32(value: Any) -> Any:
     """Tensors as float32, also those in a list, a tuple or a dict."""
     if isinstance(value, dict):
         return {key: _float32(one) for key, one in value.items()}
@@ -472,7 +492,7 @@ def _float32(value):
     return value.float()
 
 
-def _anchors_in_float32(_, args):
+def _anchors_in_float32(_: nn.Module, args: tuple) -> tuple | None:
     images, maps = args
     if maps[0].dtype == torch.float32:
         return None
@@ -502,7 +522,7 @@ def boxes_in_float32(model: nn.Module) -> None:
     anchors.register_forward_pre_hook(_anchors_in_float32)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Tuples as lists, as they come back from JSON."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 

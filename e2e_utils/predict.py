@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -207,7 +206,7 @@ def _rows(image: np.ndarray | str | Path) -> tuple[int, int, Callable]:
         _check(image)
         return *image.shape[:2], lambda y1, y2: image[y1:y2]
     pixels = read_rgb(image)
-    owner: Any = pixels
+    owner: object = pixels
     height, width = pixels.shape[:2]
     while isinstance(owner, np.ndarray):
         owner = owner.base

@@ -101,7 +101,7 @@ def scene_features(
     return [_feature(index, seed, i, image, *row) for i, row in enumerate(rows)]
 
 
-def _draw(root, scenes, seed):
+def _draw(root: Path, scenes: int, seed: int) -> None:
     images = root / "train_images"
     root.mkdir(parents=True, exist_ok=True)
     names = [f"train_images/{scene_number(i)}.tif" for i in range(scenes)]
@@ -137,7 +137,9 @@ def _draw(root, scenes, seed):
     _write(root, STAMP, _dump({**stamp, "files": sizes}))
 
 
-def _feature(index, seed, number, image, type_id, box):
+def _feature(
+    index: int, seed: int, number: int, image: str, type_id: int, box: list | None
+) -> dict:
     strip = scenery.strip_of(index)
     rng = np.random.default_rng(np.random.SeedSequence((seed, 4, strip)))
     lon0, lat0 = rng.uniform(-100, 100), rng.uniform(-40, 55)
@@ -145,7 +147,7 @@ def _feature(index, seed, number, image, type_id, box):
     lat_step = METRES_PER_PIXEL / METRES_PER_DEGREE
     lon_step = lat_step / math.cos(math.radians(lat0))
 
-    def lonlat(x, y):
+    def lonlat(x: float, y: float) -> list[float]:
         return [
             round(lon0 + (x + 1600 * index) * lon_step, 9),
             round(lat0 - y * lat_step, 9),
@@ -172,19 +174,19 @@ def _feature(index, seed, number, image, type_id, box):
     return {"type": "Feature", "properties": properties, "geometry": geometry}
 
 
-def _collection(features):
+def _collection(features: list[dict]) -> bytes:
     lines = ",\n".join(json.dumps(f) for f in features)
     head = f'{{"type": "FeatureCollection", "crs": {json.dumps(CRS)}, "features": [\n'
     return (head + lines + "\n]}\n").encode()
 
 
-def _apple_double():
+def _apple_double() -> bytes:
     """What macOS leaves beside a copied file: its Finder info, and no image."""
     header = struct.pack(">II16sH", 0x00051607, 0x00020000, b"Mac OS X".ljust(16), 1)
     return header + struct.pack(">III", 9, 38, 32) + bytes(32)
 
 
-def _made_with():
+def _made_with() -> dict[str, str]:
     here = Path(__file__)
     sources = [here, *sorted(Path(scenery.__file__).parent.glob("*.py"))]
     code = b"".join(path.read_bytes() for path in sources)
@@ -192,20 +194,20 @@ def _made_with():
     return {"code": hashlib.sha256(code).hexdigest()[:16], **libraries}
 
 
-def _has_files(folder):
+def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _read_stamp(root):
+def _read_stamp(root: Path) -> dict | None:
     path = root / STAMP
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _dump(value):
+def _dump(value: dict) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _write(root, name, content):
+def _write(root: Path, name: str, content: bytes | np.ndarray) -> None:
     """Write bytes or an image beside its place, then rename it into place."""
     partial = root / f".part.{Path(name).name}"
     if isinstance(content, bytes):

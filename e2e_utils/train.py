@@ -255,8 +255,9 @@ def fit(
         config.weights,
         config.weights_backbone,
         **config.settings,
-    ).to(device)
-    model.to(memory_format=memory_format(precision))
+    ).to(  # type: ignore[call-overload]  # torch has no hint for both at once
+        device, memory_format=memory_format(precision)
+    )
     if config.init_checkpoint and not state:
         start_from(model, config.init_checkpoint, config.model, train_set.class_names)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None

@@ -234,7 +234,7 @@ def prepare(
     return replace(config, lr_steps=steps)  # type: ignore[arg-type]
 
 
-def _epochs(batches: int, epoch: int) -> float:
+def _epochs(batches: float, epoch: int) -> float:
     """Batches in epochs, such that times `epoch` it is not rounded above them."""
     value = batches / epoch
     return math.nextafter(value, 0) if value * epoch > batches else value

@@ -81,7 +81,7 @@ def approve_bf16(
     lower = _ap(loaded, tiles)
     loaded, _ = load_engine(folder, engine, "fp32", threads, device=device)
     full = _ap(loaded, tiles)
-    if not full or lower is None:
+    if not full or lower is None:  # without labels both are None
         raise ValueError(
             f"AP of {folder} on {json_path} is {full}: it tells nothing of "
             f"{precision}; take tiles with labels on which the detector finds something"

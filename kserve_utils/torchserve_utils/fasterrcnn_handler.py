@@ -18,6 +18,7 @@ import json
 import os
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,14 +38,14 @@ _UNREADABLE = (
 )
 
 
-def _bad(index, reason):
+def _bad(index: int, reason: str) -> PredictionException:
     return PredictionException(f"instance {index}: {reason}", 400)
 
 
 class FasterRCNNHandler(BaseHandler):
     """Serves any detector of models.py; detector.json in the archive says which."""
 
-    def initialize(self, context):
+    def initialize(self, context: Any) -> None:
         """Build the detector and read the limits; called once in each worker.
 
         On the GPU that TorchServe gives this worker (context's "gpu_id"), else the CPU.
@@ -65,7 +66,9 @@ class FasterRCNNHandler(BaseHandler):
         with torch.inference_mode():
             self.model([torch.zeros(3, size, size, device=self.device)])
 
-    def _load_pickled_model(self, model_dir, model_file, model_pt_path):
+    def _load_pickled_model(
+        self, model_dir: str, model_file: str, model_pt_path: str
+    ) -> torch.nn.Module:
         """As BaseHandler's, but the weights are read as data only."""
         module = importlib.import_module(os.path.splitext(model_file)[0])
         model = module.Detector()
@@ -75,7 +78,7 @@ class FasterRCNNHandler(BaseHandler):
         model.load_state_dict(checkpoint["model"])
         return model
 
-    def preprocess(self, data):
+    def preprocess(self, data: Any) -> list[torch.Tensor]:
         """Instances to pictures: a list of uint8 (3, H, W), RGB."""
         if not isinstance(data, list) or not data:
             raise PredictionException(
@@ -85,7 +88,7 @@ class FasterRCNNHandler(BaseHandler):
             )
         return [self._picture(index, row) for index, row in enumerate(data)]
 
-    def _picture(self, index, row):
+    def _picture(self, index: int, row: Any) -> torch.Tensor:
         if not isinstance(row, dict) or not (row.get("data") or row.get("body")):
             raise _bad(index, 'needs the key "data" with the base64 of a picture')
         content = row.get("data") or row.get("body")
@@ -121,7 +124,9 @@ class FasterRCNNHandler(BaseHandler):
             ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def inference(self, data, *args, **kwargs):
+    def inference(
+        self, data: list[torch.Tensor], *args: Any, **kwargs: Any
+    ) -> list[dict[str, torch.Tensor]]:
         """One picture after the other: memory is that of one, results do not mix."""
         with torch.inference_mode():
             return [
@@ -129,11 +134,11 @@ class FasterRCNNHandler(BaseHandler):
                 for picture in data
             ]
 
-    def postprocess(self, data):
+    def postprocess(self, data: list[dict[str, torch.Tensor]]) -> list[list[dict]]:
         """Detections to the answer: a list of boxes for each picture."""
         return [self._answer(output) for output in data]
 
-    def _answer(self, output):
+    def _answer(self, output: dict[str, torch.Tensor]) -> list[dict]:
         rows = zip(  # noqa: B905, Python 3.9 has no strict
             output["boxes"].tolist(),
             output["labels"].tolist(),

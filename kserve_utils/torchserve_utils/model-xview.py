@@ -8,13 +8,16 @@ knows is served by these same lines.
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import torch
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def _models():
+def _models() -> ModuleType:
     # by its path: some other module called "models" may come first on sys.path
     spec = importlib.util.spec_from_file_location(
         "xview_models", os.path.join(_HERE, "models.py")
@@ -29,7 +32,7 @@ def _models():
 class Detector(torch.nn.Module):
     """A detector with random weights; `load_state_dict` takes a stripped "model"."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         with open(os.path.join(_HERE, "detector.json")) as file:
             description = json.load(file)
@@ -39,10 +42,12 @@ class Detector(torch.nn.Module):
             **description["settings"],
         )
 
-    def forward(self, images):
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """As torchvision's detectors: a list of float (3, H, W) in 0..1."""
         return self.detector(images)
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Into the detector itself: checkpoints know nothing of this wrapper."""
         return self.detector.load_state_dict(state_dict, strict=strict)
