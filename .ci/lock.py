@@ -192,9 +192,14 @@ def main() -> None:
     parser.add_argument("--upgrade", action="store_true", help="newest of the unpinned")
     args = parser.parse_args()
     try:
-        check(ROOT) if args.do == "check" else write(ROOT, args.upgrade)
+        if args.do == "check":
+            check(ROOT)
+        else:
+            write(ROOT, args.upgrade)
     except Stale as error:
         sys.exit(str(error))
+    except UnicodeDecodeError as error:
+        sys.exit(f"{LOCK} or {PINS} is no text ({error}); {MEND}")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def main() -> None:
     host = torch.cuda.get_device_name(device) if cuda else host
     host += f", torch {torch.__version__.partition('+')[0]}"
     print(f"{host}; has units for {', '.join(native_precisions(device))}")
-    if native_precisions(device) == ["fp32"]:
+    if native_precisions(device) == ("fp32",):
         print("nothing to compare: this device has units for float32 alone")
         return
     names = arguments.models or (QUICK if arguments.quick else MODELS)
@@ -276,6 +276,8 @@ def main() -> None:
             folder = arguments.run or Path(
                 stack.enter_context(tempfile.TemporaryDirectory())
             )
+            if (folder / "fp32").exists():  # a finished run would not be trained again
+                raise SystemExit(f"error: {folder} holds runs of another measurement")
             tiles = drawn_tiles(folder, 12)
             scored = trained(folder, tiles, device, arguments, host)
             scored += evaluated(folder, tiles, device, host)

@@ -200,6 +200,8 @@ def approve(artefact: Path, subject: Subject, folder: Path) -> dict:
         except RuntimeError as error:
             print(f"no {precision} of {engine}: {error}")
             continue
+        except ValueError as error:  # tiles that tell nothing of this detector
+            raise SystemExit(f"error: {error}") from error
         outcomes[engine, precision] = outcome if judged else None
     return outcomes
 

@@ -103,13 +103,8 @@ class _Callback(pytorch.PyTorchCallback):
                 group["lr"] = group["initial_lr"] * factor(step)
 
     def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
-        began = checkpoint.get("e2e", {}).get("precision", self.trial.precision)
-        if self.trial.step and began != self.trial.precision:  # it goes on with the run
-            amp = "off" if began == "fp32" else began
-            raise ValueError(
-                f"the checkpoint was trained in {began}, this trial would go on in "
-                f'{self.trial.precision}: give it amp: "{amp}"'
-            )
+        if self.trial.step:  # it goes on with the run, and takes no weights alone
+            self.trial.keep_precision(checkpoint.get("e2e", {}).get("precision"))
 
     def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["e2e"] = self.trial.describe()
@@ -231,8 +226,31 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         """What all slots compute in, by what each of them has units for."""
         device, distributed = self.context.device, self.context.distributed
         able = distributed.allgather(native_precisions(device))
-        common = set.intersection(*map(set, able))
-        return choose_precision(self.config.amp, self.config.model, device, common)
+        self.able = set.intersection(*map(set, able))
+        return choose_precision(self.config.amp, self.config.model, device, self.able)
+
+    def keep_precision(self, began: str | None) -> None:
+        """Go on in the precision in which the trial began.
+
+        Raises:
+            ValueError: it is unknown, was asked otherwise, or the slots have no units
+                for it; or it needs a gradient scaler that this trial has not, which
+                Determined takes before the checkpoint is read.
+        """
+        amp = self.config.amp
+        if began == self.precision or (began is None and amp != "auto"):
+            return
+        scaled = "fp16" in (began, self.precision)
+        if amp == "auto" and began in self.able and not scaled:
+            self.precision = str(began)
+            self.dtype = PRECISIONS[self.precision]
+            return
+        before = began or "a precision that it does not tell"
+        wanted = {"fp32": "off", None: "off or bf16"}.get(began, began)
+        raise ValueError(
+            f"the checkpoint was trained in {before}, this trial would go on in "
+            f'{self.precision}: give it amp: "{wanted}"'
+        )
 
     def _build(self) -> nn.Module:
         config = self.config

@@ -41,7 +41,7 @@ class TrainConfig:
     lr_gamma: float = 0.1  # factor at each of lr_steps
     warmup: float = 0.05  # share of the steps with a linearly rising rate
     clip_grad: float = 10.0  # largest norm of the gradient; 0 for none
-    amp: str = "auto"  # precision: "off" (float32), "bf16", "fp16"; auto: hardware.py
+    amp: str = "auto"  # "off" is float32; "bf16", "fp16"; "auto" asks hardware.py
     ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0 for none
     compile: bool = False  # torch.compile the backbone; not equal bit by bit
     eval_steps: int | None = None  # validate and save this often; once an epoch if None

@@ -99,7 +99,7 @@ def load_engine(
     _check_files(folder, engine, meta)
     if precision != "fp32":
         if approved_only:
-            _check_approved(folder, engine, precision, meta)
+            _check_approved(folder, engine, precision, place, meta)
         _check_native(engine, precision, place, emulate)
     if engine == "torch":
         module, used = _torch(folder, precision, threads, place)
@@ -141,13 +141,17 @@ def _check_files(folder: Path, engine: str, meta: dict) -> None:
             )
 
 
-def _check_approved(folder: Path, engine: str, precision: str, meta: dict) -> None:
-    if not meta.get(precision, {}).get(engine, {}).get("approved"):
+def _check_approved(
+    folder: Path, engine: str, precision: str, device: torch.device, meta: dict
+) -> None:
+    measured = meta.get(precision, {}).get(engine, {})
+    there = torch.device(measured.get("device", "cpu")).type  # other kernels elsewhere
+    if not measured.get("approved") or there != device.type:
         option = "" if precision == "bf16" else f" --precision {precision}"
         raise ValueError(
-            f"{precision} is not approved for {engine} in {folder}: measure what it "
-            "costs on your own tiles with python -m "
-            f"kserve_utils.predictor.approve_bf16{option}"
+            f"{precision} is not approved for {engine} on {device.type} in {folder}: "
+            "measure what it costs on your own tiles with python -m "
+            f"kserve_utils.predictor.approve_bf16{option} --device {device.type}"
         )
 
 
@@ -203,11 +207,7 @@ class _Autocast(nn.Module):
 
     def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         with torch.autocast(images[0].device.type, self.dtype):
-            found = self.detector(images)
-        return [
-            {key: v.float() if v.is_floating_point() else v for key, v in one.items()}
-            for one in found
-        ]
+            return self.detector(images)
 
 
 def load_eager(

@@ -40,7 +40,7 @@ def detect(
         loader: yields (images, targets) of `e2e_utils.data`: uint8 (3, H, W) images.
         device: where the model is.
         category_ids: COCO id of label 1, 2, ...; the label minus one by default.
-        amp_dtype: torch.bfloat16 for autocast, None for the model's own precision.
+        amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
 
     Returns:
         COCO results: {"image_id", "category_id", "bbox" (xywh, pixels of the tile),

@@ -7,11 +7,15 @@ compute alike. A GPU with units for bfloat16 (NVIDIA from Ampere on) takes it; a
 older one with units for float16 (V100, T4) takes that with a gradient scaler; others
 stay in float32. A CPU takes bfloat16 where it has it (AVX512-bf16, AMX) and
 `CPU_BF16_SPEEDUP` tells that the architecture gains by it.
+
+float32 is torch's: on a GPU its convolutions take TF32 from Ampere on, 10 of 23 bits,
+until `torch.backends.cudnn.allow_tf32 = False`, as `engines.load_engine` sets it.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,8 +39,8 @@ CPU_BF16_SPEEDUP = {
     "convnext_small_fasterrcnn_model": (1.58, 1.75),
     "convnext_large_fasterrcnn_model": (1.57, 1.76),
 }
-# fasterrcnn_small is left out on purpose. It gains (1.93, 1.58), but its runs take
-# minutes anyway, and the notebooks' figures differ between CPUs by rounding alone so.
+# fasterrcnn_small gains too (1.93, 1.58) and is left out on purpose: its runs take
+# minutes anyway, and in float32 the notebooks' figures differ between CPUs by rounding.
 WORTH = 1.3  # a smaller gain is not worth 16 of 24 bits
 
 
@@ -52,7 +56,7 @@ def find_device(name: str | None = None, index: int = 0) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError(f"no device {name!r}; valid: cpu, cuda, cuda:0, cuda:1, ...")
     device = torch.device(name)
     if device.type == "cpu":
@@ -153,4 +157,8 @@ def memory_format(precision: str) -> torch.memory_format:
 
 def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """Keeps small gradients from vanishing in float16; does nothing in the others."""
+    if precision == "fp16":
+        # it may leave out the first steps of the optimizer, not of the schedule, which
+        # torch takes for a mistake
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

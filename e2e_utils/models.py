@@ -483,18 +483,25 @@ def resolved_settings(
     return {key: _plain(values[key]) for key in valid}
 
 
+_LOWER = (torch.bfloat16, torch.float16)
+
+
 def _float32(value: Any) -> Any:
-    """Tensors as float32, also those in a list, a tuple or a dict."""
+    """Tensors of lower precision as float32, also in a list, a tuple or a dict."""
     if isinstance(value, dict):
         return {key: _float32(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_float32(one) for one in value)
-    return value.float()
+    return value.float() if value.dtype in _LOWER else value
+
+
+def _outputs_in_float32(_: nn.Module, args: tuple, outputs: Any) -> Any:
+    return _float32(outputs)
 
 
 def _anchors_in_float32(_: nn.Module, args: tuple) -> tuple | None:
     images, maps = args
-    if maps[0].dtype == torch.float32:
+    if maps[0].dtype not in _LOWER:
         return None
     # of the maps only dtype, device and size are asked
     return images, [m.new_empty(1, dtype=torch.float32).expand(m.shape) for m in maps]
@@ -518,7 +525,7 @@ def boxes_in_float32(model: nn.Module) -> None:
     else:
         heads, anchors = [model.head], model.anchor_generator
     for head in heads:
-        head.register_forward_hook(lambda _, args, output: _float32(output))
+        head.register_forward_hook(_outputs_in_float32)
     anchors.register_forward_pre_hook(_anchors_in_float32)
 
 

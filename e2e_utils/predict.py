@@ -124,7 +124,7 @@ def predict_scene(
             of it. 0 keeps parts, as SAHI's NMS on IoU does.
         progress: show a bar.
         class_names: index = label, the background first.
-        amp_dtype: torch.bfloat16 for autocast, None for the model's own precision.
+        amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
 
     Returns:
         As `predict_image`, in pixels of the scene. `to_geojson` makes GeoJSON of it;

@@ -127,36 +127,66 @@ def save_checkpoint(path: Path, content: dict) -> None:
     os.replace(beside, path)
 
 
-def start_process_group() -> tuple[int, int, int]:
-    """(rank, world size, local rank), joining the group that torchrun announces."""
+def start_process_group(device_name: str | None = None) -> tuple[int, int, int]:
+    """(rank, world size, local rank), joining the group that torchrun announces.
+
+    Args:
+        device_name: of the configuration; tells what the processes will speak over.
+
+    Raises:
+        ValueError: no such device on this machine, or one GPU for all processes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if world_size > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)  # NCCL gathers objects on this one
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if device_name and ":" in device_name:
+            raise ValueError(
+                f"device {device_name!r} for {world_size} processes: give 'cuda', and "
+                "each takes one of its own"
+            )
+        device = find_device(device_name, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL gathers objects on this one
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not dist.is_initialized():
         return 0, 1, 0
     return dist.get_rank(), dist.get_world_size(), local_rank
 
 
-def agree_on_precision(
-    config: TrainConfig, device: torch.device, began: str | None
-) -> str:
-    """The precision that all processes compute in: `choose_precision`.
+def open_run(config: TrainConfig, device: torch.device) -> tuple[dict, str]:
+    """(last.pt of the run that goes on, or {}; what all processes compute in).
 
     Raises:
-        ValueError: of it, the same on all processes; names the run's folder.
+        ValueError: output_dir holds a run of another configuration, or one that cannot
+            go on in its precision; or processes see different runs there. The same on
+            all processes, so that none waits for another.
     """
-    able = [native_precisions(device)]
+    path = Path(config.output_dir) / "last.pt"
+    state: dict = {}
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        check_same_run(state["config"], config)
+    # what one process tells the others: its units, and the run that it sees
+    told = native_precisions(device), state.get("step"), state.get("precision")
+    everyone = [told]
     if dist.is_initialized():
-        able = [()] * dist.get_world_size()
-        dist.all_gather_object(able, native_precisions(device))
-    common = set.intersection(*map(set, able))
+        everyone = [told] * dist.get_world_size()
+        dist.all_gather_object(everyone, told)
+    if any(other[1:] != told[1:] for other in everyone):
+        raise ValueError(
+            f"{config.output_dir} is not the same on all machines: output_dir must be "
+            "a folder that each of them sees"
+        )
+    able = set.intersection(*(set(units) for units, *_ in everyone))
+    if state and "precision" not in state and config.amp == "auto":
+        raise ValueError(
+            f"{path} does not tell its precision: give amp='off' or 'bf16'"
+        )
+    began = state.get("precision")
     try:
-        return choose_precision(config.amp, config.model, device, common, began)
+        return state, choose_precision(config.amp, config.model, device, able, began)
     except ValueError as error:
-        if began is None:
+        if not state:
             raise
         raise ValueError(
             f"{config.output_dir} holds a run that cannot go on here: {error}"
@@ -225,15 +255,10 @@ def fit(
             f"best_metric must be one of {', '.join(BEST_METRICS)}, "
             f"got {config.best_metric!r}"
         )
-    rank, world_size, local_rank = start_process_group()
+    rank, world_size, local_rank = start_process_group(config.device)
     main = rank == 0
     device = find_device(config.device, local_rank)
-    output = Path(config.output_dir)
-    state: dict = {}  # of the run that goes on
-    if (output / "last.pt").exists():
-        state = torch.load(output / "last.pt", map_location=device, weights_only=True)
-        check_same_run(state["config"], config)
-    precision = agree_on_precision(config, device, state.get("precision"))
+    state, precision = open_run(config, device)
     dtype = PRECISIONS[precision]
     if world_size > 1 and local_rank:
         dist.barrier()  # one process of each machine writes what cache="disk" keeps
@@ -271,6 +296,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(config, steps, steps_per_epoch)
     )
+    output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     start, best, metrics = 0, -1.0, {}
     recent: list = []  # (losses, image ids); losses stay on the device until reported
@@ -279,7 +305,8 @@ def fit(
         model.load_state_dict(state.get("trained", state["model"]))
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state.get("scaler", {}))
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
         start, best, metrics = state["step"], state["best"], state["metrics"]
         recent = [(losses, []) for losses in state.get("unreported", [])]
         state.clear()  # its tensors
@@ -330,7 +357,7 @@ def fit(
 
     wrapped = model
     if world_size > 1:
-        ids = [local_rank] if device.type == "cuda" else None
+        ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids)
     loader = train_loader(
         train_set,
@@ -451,7 +478,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 def main() -> None:
     try:
         _run(parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

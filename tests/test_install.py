@@ -185,7 +185,7 @@ HAND = [
     (LOCK, r"^idna==.*\n(    --hash.*\n)+", "", "idna==.* was taken out by hand"),
     (LOCK, r"^(idna==\S+) .*\n(    --hash.*\n)+", r"\1\n", "idna==.* has no hash"),
     (LOCK, r"^# sum idna==.*\n", "", "idna==.* was put in by hand"),
-    (LOCK, r"^idna==", "idna>=", r"line \d+: 'idna>="),
+    (LOCK, r"^idna==", "idna>=", r"line \d+: .idna>="),
     (LOCK, r"^# sum (.*\n)+", "", "has no sums at its end"),
     (REST, IDNA_HASH, r"\g<1>0000", "idna==.* was changed"),
     (REST, r"^    # via.*\n", "", f"does not follow from {LOCK}"),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
@@ -26,7 +27,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from e2e_utils import hardware, models
 from e2e_utils.hardware import choose_precision, find_device, native_precisions
 from e2e_utils.predict import predict_image, predict_scene
-from e2e_utils.train import TrainConfig, fit, main, read_metrics, seed_step, train_step
+from e2e_utils.train import (
+    TrainConfig,
+    fit,
+    main,
+    read_metrics,
+    seed_step,
+    start_process_group,
+    train_step,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TILE = 300
@@ -170,6 +179,7 @@ def test_every_architecture_keeps_its_boxes_in_float32(name):
     assert [n for n, m in parts.items() if m._forward_pre_hooks] == [anchors]
     copied = dict(copy.deepcopy(model).named_modules())  # as the average of weights is
     assert all(copied[head]._forward_hooks for head in heads)
+    pickle.dumps(model.rpn if "rpn" in parts else model.head)  # as Ray ships a model
 
 
 class Card:
@@ -208,6 +218,14 @@ def test_a_gpu_computes_in_what_it_has_units_for(
     assert find_device("cuda", 1) == find_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="'cuda:2'.* finds 2 GPU here"):
         find_device("cuda:2")
+    with pytest.raises(ValueError, match="no device 'cuda:01'; valid"):
+        find_device("cuda:01")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="'cuda:1' for 3 processes: give 'cuda'"):
+        start_process_group("cuda:1")
+    with pytest.raises(ValueError, match="'cuda', but torch .* finds 2 GPU here"):
+        start_process_group(None)
 
 
 def test_a_cpu_takes_bf16_only_for_architectures_that_gain(monkeypatch):
@@ -351,6 +369,19 @@ def test_a_resume_keeps_the_precision_or_refuses(tiles, tmp_path, monkeypatch):
     assert state(tmp_path)["step"] == 3
 
 
+def test_a_run_that_does_not_tell_its_precision_needs_a_word(tiles, tmp_path):
+    began = TrainConfig(str(tiles), str(tmp_path), amp="fp16", **SHORT)
+    stopped_at(1, began)
+    old = {k: v for k, v in state(tmp_path).items() if k not in ("precision", "scaler")}
+    torch.save(old, tmp_path / "last.pt")
+    with pytest.raises(
+        ValueError, match="last.pt does not tell its precision: give am"
+    ):
+        fit(dataclasses.replace(began, amp="auto"), progress=False)
+    stopped_at(1, began)
+    assert state(tmp_path)["step"] == 2 and state(tmp_path)["precision"] == "fp16"
+
+
 def test_a_run_in_float32_stays_in_it_where_bf16_would_be_chosen(
     tiles, tmp_path, monkeypatch
 ):
@@ -363,27 +394,39 @@ def test_a_run_in_float32_stays_in_it_where_bf16_would_be_chosen(
 
 
 UNLIKE = """
-import os
+import dataclasses, os, sys
+from pathlib import Path
 import torch.distributed as dist
 from e2e_utils import train
 from e2e_utils.config import TrainConfig
 
 rank, _, _ = train.start_process_group()
-train.native_precisions = lambda _: ["fp32", "fp16"] + ["bf16"] * rank
-config = TrainConfig("", "", model="fasterrcnn_resnet50_fpn")
-chosen = train.agree_on_precision(config, train.torch.device("cuda"), None)
+train.native_precisions = lambda _: ("fp32", "fp16", *["bf16"] * rank)
+gpu = train.torch.device("cuda")
+config = TrainConfig("", sys.argv[1], model="fasterrcnn_resnet50_fpn")
+_, chosen = train.open_run(config, gpu)
+mine = Path(sys.argv[1], str(rank))  # as if output_dir were a disk of each machine
+mine.mkdir()
+if rank:
+    told = {"config": dataclasses.asdict(config), "step": 7, "precision": "bf16"}
+    train.torch.save(told, mine / "last.pt")
+try:
+    config = dataclasses.replace(config, output_dir=str(mine))
+    train.open_run(config, train.torch.device("cpu"))
+except ValueError as error:
+    chosen += " " + str("is not the same on all machines" in str(error))
 os.write(1, f"{chosen}\\n".encode())
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_processes_on_unlike_gpus_choose_what_all_have(tmp_path):
+def test_processes_that_differ_choose_what_all_have_or_say_so(tmp_path):
     """Two processes that claim an A100 and a T4: gloo, nothing is computed."""
     (tmp_path / "unlike.py").write_text(UNLIKE)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, tmp_path / "unlike.py"],
+        [sys.executable, *launch, tmp_path / "unlike.py", tmp_path],
         # without the GPU that may be here, or the second process wants one of its own
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -391,7 +434,7 @@ def test_processes_on_unlike_gpus_choose_what_all_have(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["fp16", "fp16"]
+    assert done.stdout.splitlines() == ["fp16 True", "fp16 True"]
 
 
 @pytest.mark.parametrize("predict", [predict_image, predict_scene])
