@@ -507,6 +507,10 @@ def _anchors_in_float32(_: nn.Module, args: tuple) -> tuple | None:
     return images, [m.new_empty(1, dtype=torch.float32).expand(m.shape) for m in maps]
 
 
+def _regions_in_float32(_: nn.Module, args: tuple) -> tuple:
+    return (_float32(dict(args[0])), *args[1:])
+
+
 def boxes_in_float32(model: nn.Module) -> None:
     """Keep coordinates in float32 under autocast, whatever the network computes in.
 
@@ -522,6 +526,8 @@ def boxes_in_float32(model: nn.Module) -> None:
     if isinstance(model, FasterRCNN):
         heads = [model.rpn.head, model.roi_heads.box_predictor]
         anchors = model.rpn.anchor_generator
+        # newer torchvisions do this themselves; 0.16 wants one dtype of maps and boxes
+        model.roi_heads.box_roi_pool.register_forward_pre_hook(_regions_in_float32)
     else:
         heads, anchors = [model.head], model.anchor_generator
     for head in heads:
