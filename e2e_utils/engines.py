@@ -123,11 +123,11 @@ def resolve_device(engine: str, device: str | None = None) -> torch.device:
     """
     if engine == "torch":
         return find_device(device)
-    if find_device(device or "cpu").type != "cpu":
+    if device is not None and device.startswith("cuda"):
         raise ValueError(
             f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
         )
-    return torch.device("cpu")
+    return find_device(device or "cpu")
 
 
 def _check_files(folder: Path, engine: str, meta: dict) -> None:
