@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from e2e_utils import sample, scenery
+import e2e_utils
+from sample_data import dataset as sample
+from sample_data import scene as scenery
 
-CLASSES = Path(sample.__file__).with_name("xview_classes.json")
+CLASSES = Path(e2e_utils.__file__).with_name("xview_classes.json")
 PROPERTIES = [
     "bounds_imcoords", "edited_by", "cat_id", "type_id", "ingest_time",
     "index_right", "image_id", "point_geom", "feature_id", "grid_file",
@@ -81,7 +83,7 @@ def test_pixels_do_not_depend_on_threads_or_vector_instructions(four):
     """As on another processor: no IPP, no dispatch to wider vectors, other threads."""
     code = (
         "import cv2; cv2.setUseOptimized(False); cv2.setNumThreads(3);"
-        "import hashlib; from e2e_utils import scenery;"
+        "import hashlib; from sample_data import scene as scenery;"
         "image, objects = scenery.draw_scene(1, 0);"
         "print(hashlib.sha256(image.tobytes()).hexdigest())"
     )
@@ -201,7 +203,7 @@ def test_boxes_are_tight_around_what_is_drawn():
 
     Without sun height there is no shadow, so the changed pixels are the object's.
     """
-    from e2e_utils.scenery import buildings, canvas, vehicles
+    from sample_data import buildings, canvas, vehicles
 
     rng = np.random.default_rng(3)
     makers = [
@@ -238,7 +240,7 @@ def test_no_car_stands_in_another(rows):
 @pytest.mark.slow
 def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
     """Only what is placed counts here, so the drawing of pixels is left out."""
-    from e2e_utils.scenery import open_land, quarters, scene
+    from sample_data import open_land, quarters, scene
 
     def nothing(*_, **__):
         return None
@@ -266,7 +268,7 @@ def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
 
 
 def test_the_default_set_stays_under_60_megabytes():
-    sizes = [height * width * 3 for height, width, _ in scenery.scene.PLANS]
+    sizes = [height * width * 3 for height, width, _ in scenery.PLANS]
     assert len(sizes) == 12 and sum(sizes) < 60e6
 
 
@@ -276,7 +278,7 @@ def test_numbers_ascend_and_never_meet_the_missing_scene():
 
 
 def test_the_command_line_draws_and_says_what_it_is(tmp_path):
-    command = [sys.executable, "-m", "e2e_utils.sample", "--output_dir", tmp_path / "d"]
+    command = [sys.executable, "-m", "sample_data", "--output_dir", tmp_path / "d"]
     run = subprocess.run(
         [*command, "--scenes", "1", "--seed", "5"], capture_output=True, text=True
     )
