@@ -28,6 +28,7 @@ import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils import models
+from e2e_utils.checkpoint import model_from_checkpoint
 
 DESCRIBES = ("architecture", "settings", "class_names", "tile_size", "overlap")
 
@@ -55,7 +56,7 @@ def strip_checkpoint(
             0.2; there is none for the architecture and the names.
 
     Returns:
-        `new_ckpt_path`, which `models.model_from_checkpoint` reads.
+        `new_ckpt_path`, which `checkpoint.model_from_checkpoint` reads.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -85,7 +86,7 @@ def strip_checkpoint(
     try:
         torch.save({"model": weights, **known}, beside)
         try:
-            models.model_from_checkpoint(beside)  # fits, before anyone relies on it
+            model_from_checkpoint(beside)  # fits, before anyone relies on it
         except ValueError as error:
             raise ValueError(str(error).replace(str(beside), str(path))) from error
         os.replace(beside, target)
@@ -183,7 +184,7 @@ def write_mar(
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
     stripped, out = Path(stripped_ckpt), Path(out_dir)
-    _, meta = models.model_from_checkpoint(stripped)
+    _, meta = model_from_checkpoint(stripped)
     description = {key: meta[key] for key in DESCRIBES}
     description |= {"score_threshold": score_threshold, "max_pixels": max_pixels}
     server = Path(server_dir) if server_dir else _server_dir()

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from serving import NAMES, ROOT, SETTINGS, TABLE, checkpoint, decode, jpeg
 
-from e2e_utils.models import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils import export
 

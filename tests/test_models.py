@@ -12,13 +12,8 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import backbone_utils, ssd, ssdlite
 
 from e2e_utils import models
-from e2e_utils.models import (
-    MODELS,
-    build_model,
-    model_from_checkpoint,
-    model_settings,
-    resolved_settings,
-)
+from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.models import MODELS, build_model, model_settings, resolved_settings
 
 # of each family of detectors the one that trains fastest
 TRAINED = [

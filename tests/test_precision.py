@@ -28,14 +28,8 @@ from e2e_utils import hardware, models
 from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import choose_precision, find_device, native_precisions
 from e2e_utils.predict import predict_image, predict_scene
-from e2e_utils.train import (
-    fit,
-    main,
-    read_metrics,
-    seed_step,
-    start_process_group,
-    train_step,
-)
+from e2e_utils.run import start_process_group
+from e2e_utils.train import fit, main, read_metrics, seed_step, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TILE = 300
