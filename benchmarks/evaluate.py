@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from e2e_utils.evaluate import coco_metrics
-from e2e_utils.scores import XVIEW_TYPE_IDS, xview_score
+from e2e_utils.xview_score import XVIEW_TYPE_IDS, xview_score
 
 TILES, OBJECTS, DETECTIONS, CLASSES, SIZE = 2_000, 50, 100, 60, 300
 MAX_DETS = (1, 100, 500)

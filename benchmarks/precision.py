@@ -39,7 +39,8 @@ from e2e_utils.hardware import (
     native_precisions,
 )
 from e2e_utils.models import MODELS, build_model, model_from_checkpoint
-from e2e_utils.train import fit, make_optimizer, seed_step, train_step
+from e2e_utils.optim import make_optimizer
+from e2e_utils.train import fit, seed_step, train_step
 
 SIZE, DROP = 300, 0.005
 QUICK = ("fasterrcnn_small", "fasterrcnn_resnet50_fpn")
@@ -122,8 +123,8 @@ def steps(
 def drawn_tiles(folder: Path, scenes: int) -> Path:
     """The embedded data set, converted and cut into tiles, below `folder`."""
     from e2e_utils.convert import geojson_to_coco
-    from e2e_utils.sample import draw_dataset
     from e2e_utils.tiling import slice_coco
+    from sample_data.dataset import draw_dataset
 
     data = draw_dataset(folder / "xview", scenes)
     images, labels = data / "train_images", data / "xView_train.geojson"
@@ -186,9 +187,9 @@ def trained(folder: Path, tiles: Path, device, arguments, host: str) -> list[dic
 
 def evaluated(folder: Path, tiles: Path, device: torch.device, host: str) -> list[dict]:
     """The weights of the float32 run, in each precision, by the loop and served."""
-    from e2e_utils.artefact import write_artefact
-    from e2e_utils.engines import load_engine
-    from e2e_utils.export import strip_checkpoint
+    from kserve_utils.artefact import write_artefact
+    from kserve_utils.engines import load_engine
+    from kserve_utils.export import strip_checkpoint
 
     data = CocoTiles(*TrainConfig(str(tiles), "").split("val"))
     model, _ = model_from_checkpoint(folder / "fp32" / "last.pt", device)

@@ -33,7 +33,7 @@ def build_labels(folder: Path, features: int, images: int) -> None:
     """A label file of xView's fields and defects over scenes that are all header."""
     import tifffile
 
-    from e2e_utils.convert import read_classes
+    from e2e_utils.classes import read_classes
 
     rng = np.random.default_rng(0)
     scenes = folder / "train_images"
@@ -123,7 +123,7 @@ def convert_original(data: Path, out: Path):
     from sahi.utils.coco import Coco, CocoAnnotation, CocoCategory, CocoImage
     from sahi.utils.file import load_json, save_json
 
-    from e2e_utils.convert import read_classes
+    from e2e_utils.classes import read_classes
 
     def work():
         labels = load_json(str(data / "xView_train.geojson"))
@@ -221,7 +221,8 @@ def tile_floor(data: Path, out: Path):
     """Decode and encode alone: no labels, no names, nothing written."""
     import cv2
 
-    from e2e_utils.tiling import read_rgb, tile_grid
+    from e2e_utils.grid import tile_grid
+    from e2e_utils.scenes import read_rgb
 
     def work():
         for tif in sorted(data.glob("*.tif")):

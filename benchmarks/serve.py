@@ -47,18 +47,17 @@ import requests
 import torch
 from PIL import Image
 
-from e2e_utils.artefact import write_artefact
-from e2e_utils.client import predict_remote
 from e2e_utils.config import TrainConfig
-from e2e_utils.engines import load_engine, read_artefact
-from e2e_utils.export import strip_checkpoint, write_mar, write_model_store
 from e2e_utils.hardware import native_precisions
 from e2e_utils.models import build_model, model_from_checkpoint
 from e2e_utils.predict import predict_image
 from e2e_utils.train import fit
-from kserve_utils.predictor.approve_bf16 import MAX_DROP, approve_bf16
-from kserve_utils.predictor.local import predictor
-from kserve_utils.torchserve_utils.local import torchserve
+from kserve_utils.approve import MAX_DROP, approve_bf16
+from kserve_utils.artefact import write_artefact
+from kserve_utils.client import predict_remote
+from kserve_utils.engines import load_engine, read_artefact
+from kserve_utils.export import strip_checkpoint, write_mar, write_model_store
+from kserve_utils.servers import predictor, torchserve
 
 SIZE, MODEL, CLIENTS = 320, "xview-fasterrcnn", 8
 TARGETS = {"fp32": 1.4, "bf16": 4.0}  # times TorchServe's images/s at eight clients

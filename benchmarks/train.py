@@ -48,8 +48,9 @@ from e2e_utils.hardware import (
     memory_format,
 )
 from e2e_utils.models import build_model
+from e2e_utils.optim import make_optimizer
 from e2e_utils.sampling import StepSampler
-from e2e_utils.train import make_optimizer, seed_step, train_step
+from e2e_utils.train import seed_step, train_step
 
 MODEL, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 0.0025, 300, 800
 
@@ -57,8 +58,8 @@ MODEL, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 0.0025, 300, 800
 def build_tiles(folder: Path, scenes: int) -> tuple[Path, Path]:
     """(folder of tiles, COCO file) of drawn scenes."""
     from e2e_utils.convert import geojson_to_coco
-    from e2e_utils.sample import draw_dataset
     from e2e_utils.tiling import slice_coco
+    from sample_data.dataset import draw_dataset
 
     data = draw_dataset(folder / "xview", scenes)
     images, labels = data / "train_images", data / "xView_train.geojson"

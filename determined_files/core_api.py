@@ -39,13 +39,13 @@ import determined as det
 import torch.distributed as dist
 from determined import core
 
-from e2e_utils.train import TrainConfig, fit, start_process_group
+from e2e_utils import experiment
+from e2e_utils.config import TrainConfig
+from e2e_utils.train import fit, start_process_group
 
 if __package__:
-    from determined_files import trial_config
     from determined_files.train import show
 else:  # on a cluster, and as a script, this folder is the root
-    import trial_config
     from train import show
 
 FILES = ("last.pt", "best.pt", "metrics.jsonl")  # what fit writes and continues from
@@ -57,7 +57,7 @@ def loop_config(
     """The TrainConfig of one slot for `fit`.
 
     Args:
-        hparams: see trial_config.py.
+        hparams: see e2e_utils/experiment.py.
         slots: processes that share global_batch_size.
         data_path: folder of the tiles on this machine.
         output_dir: of `fit`.
@@ -72,7 +72,7 @@ def loop_config(
             f"equally among {slots} slots"
         )
     config = replace(
-        trial_config.train_config(hparams, batch_size, data_path),
+        experiment.train_config(hparams, batch_size, data_path),
         output_dir=str(output_dir),
         eval_steps=hparams.get("validation_batches"),
         save_steps=hparams.get("checkpoint_batches"),
@@ -97,7 +97,7 @@ def train(
 
     Args:
         core_context: of `determined.core.init`, with `PreemptMode.ChiefOnly`.
-        hparams: see trial_config.py.
+        hparams: see e2e_utils/experiment.py.
         output_dir: last.pt, best.pt and metrics.jsonl go here, on each machine.
         report: told (metrics, step) on the chief, with the names that Determined gets.
         should_stop: asked after every step besides Determined.
@@ -156,7 +156,7 @@ def _trial_id(core_context: core.Context) -> int | None:
 
 def _named(metrics: dict) -> dict:
     """COCO's figures by the names of the searcher; one without ground truth is out."""
-    names = trial_config.METRICS.items()
+    names = experiment.METRICS.items()
     return {n: metrics[k] for n, k in names if metrics.get(k) is not None}
 
 
@@ -171,13 +171,13 @@ def _tiles(core_context: core.Context, hparams: dict) -> Iterator[str]:
     """The folder of the tiles on this machine."""
     if hparams["backend"] == "fake":
         with tempfile.TemporaryDirectory(prefix="fake_tiles_") as folder:
-            settings = trial_config.train_config(hparams, 1)
-            trial_config.write_fake_tiles(folder, settings)
+            settings = experiment.train_config(hparams, 1)
+            experiment.write_fake_tiles(folder, settings)
             if core_context.distributed.rank == 0:
                 print("backend fake: noise with rectangles, the figures mean nothing")
             yield folder
         return
-    path = trial_config.fetch_tiles(hparams, core_context.distributed.local_rank)
+    path = experiment.fetch_tiles(hparams, core_context.distributed.local_rank)
     core_context.distributed.broadcast_local(None)  # wait for whoever fetches
     yield path
 
@@ -232,7 +232,7 @@ def run_local(
     """Train without a cluster: one process, or those that torchrun started.
 
     Args:
-        config: of `trial_config.load_config`.
+        config: of `experiment.load_config`.
         output_dir: of the run; a run that is there goes on. Checkpoints go to
             output_dir/checkpoints/<uuid>.
         resume: checkpoint folder to continue from in a new output_dir.
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     _, checkpoint = run_local(
-        trial_config.load_config(options.config, options.overrides),
+        experiment.load_config(options.config, options.overrides),
         options.output_dir,
         options.resume,
         show,

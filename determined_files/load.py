@@ -32,7 +32,7 @@ def read_trial_checkpoint(path: str | Path) -> dict:
         "model" (state dict, without the prefix that DDP gives its keys),
         "architecture", "settings", "class_names", "tile_size", "overlap", "step" and
         "metrics" (of the last validation before it; by the names of
-        `trial_config.METRICS`, or of `coco_metrics` if core_api.py wrote it).
+        `e2e_utils.experiment.METRICS`, or of `coco_metrics` if core_api.py wrote it).
 
     Raises:
         FileNotFoundError: neither state_dict.pth nor last.pt in the folder.

@@ -4,7 +4,8 @@ Copy: this folder and e2e_utils.
 
 The model, the step, the data order and the figures are those of `e2e_utils.train`; a
 trial with the same seed sees the same batches and computes the same losses. What is
-here tells Determined where they are. The hyperparameters are told in trial_config.py.
+here tells Determined where they are. e2e_utils/experiment.py lists the
+hyperparameters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from determined import pytorch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from e2e_utils import experiment
 from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
 from e2e_utils.evaluate import coco_metrics, detect
 from e2e_utils.hardware import (
@@ -29,14 +31,10 @@ from e2e_utils.hardware import (
     native_precisions,
 )
 from e2e_utils.models import build_model, resolved_settings, start_from
-from e2e_utils.train import forward_losses, lr_factor, make_optimizer, seed_step
+from e2e_utils.optim import lr_factor, make_optimizer
+from e2e_utils.train import forward_losses, seed_step
 
-if __package__:
-    from determined_files import trial_config
-else:  # on a cluster, and as a script, this folder is the root
-    import trial_config
-
-METRICS = trial_config.METRICS
+METRICS = experiment.METRICS
 
 
 class CocoReducer(pytorch.MetricReducer):
@@ -137,7 +135,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
 
     Args:
         context: of Determined.
-        hparams: see trial_config.py; those of the experiment by default.
+        hparams: see e2e_utils/experiment.py; those of the experiment by default.
         start: steps already done, where Determined cannot know (a resumed run off
             the cluster).
         stop: last step of this run, where it ends before max_batches.
@@ -160,7 +158,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         context.experimental.disable_dataset_reproducibility_checks()
         context.experimental.disable_auto_to_device()  # forward_losses moves the batch
         hparams = context.get_hparams() if hparams is None else hparams
-        trial_config.check_hparams(hparams)
+        experiment.check_hparams(hparams)
         self.context, self.report = context, report
         self.rank, self.slots = context.distributed.rank, context.distributed.size
         self.chief = self.rank == 0
@@ -172,9 +170,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
                 f"equally among {self.slots} slots"
             )
         batch_size = hparams["global_batch_size"] // self.slots
-        self.config = trial_config.train_config(
-            hparams, batch_size, self._tiles(hparams)
-        )
+        self.config = experiment.train_config(hparams, batch_size, self._tiles(hparams))
         self.step = context.get_initial_batch() if start is None else start
         steps = hparams["max_batches"]
         self.stop = min(stop or steps, steps)
@@ -212,13 +208,13 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
     def _tiles(self, hparams: dict) -> str:
         if hparams["backend"] == "fake":
             self._folder = tempfile.TemporaryDirectory(prefix="fake_tiles_")
-            trial_config.write_fake_tiles(
-                self._folder.name, trial_config.train_config(hparams, 1)
+            experiment.write_fake_tiles(
+                self._folder.name, experiment.train_config(hparams, 1)
             )
             if self.chief:
                 print("backend fake: noise with rectangles, the figures mean nothing")
             return self._folder.name
-        path = trial_config.fetch_tiles(hparams, self.context.distributed.local_rank)
+        path = experiment.fetch_tiles(hparams, self.context.distributed.local_rank)
         self.context.distributed.broadcast_local(None)  # wait for whoever fetches
         return path
 

@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from determined import core, pytorch
 
+from e2e_utils.experiment import absolute_init, fetch_tiles, load_config
+
 if __package__:
     from determined_files.model_def import ObjectDetectionTrial
-    from determined_files.trial_config import absolute_init, fetch_tiles, load_config
 else:  # on a cluster, and as a script, this folder is the root
     from model_def import ObjectDetectionTrial
-    from trial_config import absolute_init, fetch_tiles, load_config
 
 
 class _PlainUnpickler(pickle.Unpickler):

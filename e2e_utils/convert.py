@@ -1,4 +1,4 @@
-"""Copy: this file, scenes.py and xview_classes.json.
+"""Copy: this file, scenes.py, files.py, classes.py and xview_classes.json.
 
 xView as it is downloaded into what detection tools read: TIFF scenes to RGB PNGs, and
 the geojson of labels to a COCO train and val file.
@@ -12,7 +12,6 @@ the geojson of labels to a COCO train and val file.
         --xview_class_labels xview_class_labels.txt
 """
 
-import json
 import os
 import random
 import re
@@ -30,12 +29,13 @@ import msgspec
 import numpy as np
 from tqdm.auto import tqdm
 
-from e2e_utils.scenes import (
+from .classes import read_classes
+from .files import write_file
+from .scenes import (
     PNG_END,
     FailedScenes,
     read_bands,
     read_rgb,
-    write_atomically,
 )
 
 ANNOTATION = (  # SAHI's fields in its order
@@ -144,7 +144,7 @@ def tif_to_rgb(
             report.failed[tif.name] = str(error)
             return "failed"
         bgr = cv2.cvtColor(bands[..., :3], cv2.COLOR_RGB2BGR)
-        write_atomically(png, [cv2.imencode(".png", bgr)[1].data])
+        write_file(png, [cv2.imencode(".png", bgr)[1].data])
         return "converted"
 
     bar = tqdm(total=len(files), desc="TIFF to PNG", disable=not progress)
@@ -196,48 +196,6 @@ class ConversionReport:
             rows[split] = f"{count} scenes, {self.annotations[split]} boxes"
         rows["scenes without labels"] = f"{self.unlabelled} (in no split)"
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
-
-
-def read_classes(
-    category_id_remapping: str | Path | None = None,
-    xview_class_labels: str | Path | None = None,
-) -> dict[int, tuple[int, str]]:
-    """The classes of xView: {type_id: (category_id, name)}, 60 without arguments.
-
-    Names and ids come from xview_classes.json beside this file, which says which of the
-    two official name lists it follows. The arguments replace them, in the formats of
-    DIUx-xView.
-
-    Args:
-        category_id_remapping: JSON, {"type_id": "category_id"}; a class that it lacks
-            is dropped. Left out: the position of the class in ascending type_id.
-        xview_class_labels: text, a line "type_id:name" a class.
-
-    Raises:
-        ValueError: a file is not of that form, or a class has no name.
-    """
-    here = Path(__file__).with_name("xview_classes.json")
-    table = json.loads(here.read_text())["classes"]
-    names = {row["type_id"]: row["name"] for row in table}
-    source: str | Path = here
-    try:
-        if xview_class_labels is not None:
-            source, names = xview_class_labels, {}
-            for line in Path(source).read_text(encoding="utf-8").splitlines():
-                if line.strip():
-                    type_id, name = line.split(":", 1)
-                    names[int(type_id)] = name.strip()
-        remapping = {type_id: i for i, type_id in enumerate(sorted(names))}
-        if category_id_remapping is not None:
-            source = category_id_remapping
-            remapping = json.loads(Path(source).read_text(encoding="utf-8"))
-            remapping = {int(old): int(new) for old, new in remapping.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: not a class table: {error}") from error
-    unnamed = sorted(set(remapping).difference(names))
-    if category_id_remapping is not None and xview_class_labels is None and unnamed:
-        raise ValueError(f"{source}: type_id {unnamed[0]} is no class of xView")
-    return {t: (remapping[t], name) for t, name in names.items() if t in remapping}
 
 
 def _read_labels(path: Path, step: int = 1 << 20) -> Iterator[list[_Properties]]:
@@ -494,7 +452,7 @@ def geojson_to_coco(
         report.images[name] = len(images)
         report.annotations[name] = sum(map(len, in_scene))
         parts = _coco_parts(images, in_scene, categories)
-        write_atomically(out / f"{name}.json", parts)
+        write_file(out / f"{name}.json", parts)
     return report
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from e2e_utils.sampling import StepSampler
+from .sampling import StepSampler
 
 
 class CocoTiles(Dataset):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from e2e_utils.evaluate import columns, overlaps, read_ground_truth
+from .evaluate import columns, overlaps, read_ground_truth
 
 KINDS = (
     "correct",

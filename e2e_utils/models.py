@@ -607,7 +607,7 @@ def model_from_checkpoint(
     """The model of a checkpoint file, in evaluation mode, and what describes it.
 
     Args:
-        path: a file written by `e2e_utils.train` or `e2e_utils.export`.
+        path: a file written by `e2e_utils.train` or `kserve_utils.export`.
         device: where the weights go.
 
     Returns:

@@ -1,6 +1,6 @@
 """A picture or a whole scene in, boxes out: as arrays, as GeoJSON, as COCO results.
 
-Copy: this file, grid.py (the one tile grid) and scenes.py.
+Copy: this file, grid.py (the one tile grid), scenes.py and files.py.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from e2e_utils.grid import tile_grid
-from e2e_utils.scenes import read_rgb, read_window, write_atomically
+from .files import write_file
+from .grid import tile_grid
+from .scenes import read_rgb, read_window
 
 PAIRS = 1_000_000  # boxes compared at a time: bounds the memory of merging
 
@@ -368,5 +369,5 @@ def to_geojson(
 def save_json(content: dict | list, path: str | Path) -> Path:
     """Write GeoJSON or COCO results to a file that appears whole or not at all."""
     path = Path(path)
-    write_atomically(path, [json.dumps(content).encode()])
+    write_file(path, [json.dumps(content).encode()])
     return path

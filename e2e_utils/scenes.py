@@ -1,4 +1,4 @@
-"""Copy: this file.
+"""Copy: this file and files.py.
 
 The pixels of a scene: read them strictly, and cut them into JPEG tiles that appear
 whole or not at all.
@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import tifffile
+
+from .files import write_file
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -135,22 +136,6 @@ class FailedScenes(RuntimeError):
         super().__init__("\n".join([f"{len(lines)} scene(s) failed:", *lines]))
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file that appears whole or not at all: beside, then renamed.
-
-    Args:
-        path: the file; replaced if it is there.
-        parts: its content, piece by piece.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.writelines(parts)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_tiles(
     path: Path,
     size_hw: tuple[int, int],
@@ -206,13 +191,13 @@ def write_tiles(
                 while rest:  # unbuffered, a nearly full disk may take a part only
                     rest = rest[file.write(rest) :]
         unsealed = {"names": sorted({*tiles, *old["names"]})}
-        write_atomically(record, [json.dumps(unsealed).encode()])
+        write_file(record, [json.dumps(unsealed).encode()])
         for name in set(old["names"]).difference(tiles):
             (tile_dir / name).unlink(missing_ok=True)
         for name in tiles:
             os.replace(f"{beside}/{name}", f"{tile_dir}/{name}")
     sealed = {"key": key, "bytes": total, "names": list(tiles)}
-    write_atomically(record, [json.dumps(sealed).encode()])
+    write_file(record, [json.dumps(sealed).encode()])
     return True
 
 

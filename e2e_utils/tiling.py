@@ -1,6 +1,6 @@
 """A COCO data set of scenes cut into a COCO data set of tiles.
 
-Copy: this file, grid.py and scenes.py.
+Copy: this file, grid.py, scenes.py and files.py.
 
 `slice_coco` has the grid, names, annotations and JPEG bytes of
 `sahi.slicing.slice_coco` (0.12.8).
@@ -27,26 +27,13 @@ import msgspec
 import numpy as np
 from tqdm.auto import tqdm
 
-from e2e_utils.grid import check_grid, clip_to_tiles, tile_grid
-from e2e_utils.scenes import (
+from .files import write_file
+from .grid import check_grid, clip_to_tiles, tile_grid
+from .scenes import (
     FailedScenes,
     forget_tiles,
-    read_rgb,
-    read_window,
-    write_atomically,
     write_tiles,
 )
-
-__all__ = [
-    "FailedScenes",
-    "TilingReport",
-    "clip_to_tiles",
-    "read_rgb",
-    "read_window",
-    "slice_coco",
-    "slice_train_val",
-    "tile_grid",
-]
 
 ANNOTATION = (  # SAHI's fields in its order
     '{"iscrowd":0,"image_id":%d,"bbox":[NUMBER,NUMBER,NUMBER,NUMBER],'
@@ -255,7 +242,7 @@ def _save(
         joined(annotations),
         [b'],"categories":', categories, b"}"],
     )
-    write_atomically(report.coco_json, chain.from_iterable(parts))
+    write_file(report.coco_json, chain.from_iterable(parts))
     tiles = (
         msgspec.json.encode(
             [
@@ -279,7 +266,7 @@ def _save(
     ]
     head = msgspec.json.encode({"settings": settings, "scenes": sizes})[:-1]
     manifest = ([head, b',"tiles":['], joined(tiles), [b"]}"])
-    write_atomically(report.manifest, chain.from_iterable(manifest))
+    write_file(report.manifest, chain.from_iterable(manifest))
 
 
 def slice_coco(

@@ -33,10 +33,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from e2e_utils.config import TrainConfig, check_same_run, parse_args
-from e2e_utils.data import CocoTiles, default_augment, eval_loader, train_loader
-from e2e_utils.evaluate import coco_metrics, detect
-from e2e_utils.hardware import (
+from .config import TrainConfig, check_same_run, parse_args
+from .data import CocoTiles, default_augment, eval_loader, train_loader
+from .evaluate import coco_metrics, detect
+from .hardware import (
     PRECISIONS,
     choose_precision,
     find_device,
@@ -44,9 +44,9 @@ from e2e_utils.hardware import (
     memory_format,
     native_precisions,
 )
-from e2e_utils.models import build_model, resolved_settings, start_from
-from e2e_utils.optim import lr_factor, make_optimizer, update_ema
-from e2e_utils.sampling import aspect_ratio_groups, epoch_length, repeat_factors
+from .models import build_model, resolved_settings, start_from
+from .optim import lr_factor, make_optimizer, update_ema
+from .sampling import aspect_ratio_groups, epoch_length, repeat_factors
 
 REPORT_STEPS = 20  # losses are averaged over so many steps
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")

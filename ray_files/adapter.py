@@ -24,14 +24,14 @@ import ray
 import torch.distributed as dist
 from ray.train import Checkpoint
 
-from determined_files.trial_config import (
+from e2e_utils.config import TrainConfig
+from e2e_utils.experiment import (
     METRICS,
     check_hparams,
     fetch_tiles,
     train_config,
     write_fake_tiles,
 )
-from e2e_utils.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESUMED = "resumed.json"  # in a checkpoint: its step, and where the run went on
@@ -175,7 +175,7 @@ def experiment_config(
     """(configuration of each worker, hyperparameters) that a trial's values describe.
 
     Args:
-        hparams: one value each, see determined_files/trial_config.py.
+        hparams: one value each, see e2e_utils/experiment.py.
         workers: among which global_batch_size is divided.
         tiles: folder to take the tiles from, whatever backend and data_dir say.
 

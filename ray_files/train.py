@@ -29,8 +29,9 @@ from ray.train.torch import TorchTrainer
 if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from determined_files.trial_config import METRICS, absolute_init, load_config
-from e2e_utils.train import TrainConfig, fit, read_metrics
+from e2e_utils.config import TrainConfig
+from e2e_utils.experiment import METRICS, absolute_init, load_config
+from e2e_utils.train import fit, read_metrics
 from ray_files.adapter import (
     RESUMED,
     Courier,

@@ -34,7 +34,7 @@ from typing import Any
 
 from ray import tune
 
-from determined_files.trial_config import METRICS, check_hparams
+from e2e_utils.experiment import METRICS, check_hparams
 
 _ANY = {"name", "metric", "smaller_is_better"}
 _FIELDS = {

@@ -30,7 +30,7 @@ from ray.tune.search import BasicVariantGenerator
 if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from determined_files.trial_config import (
+from e2e_utils.experiment import (
     METRICS,
     absolute_init,
     fetch_tiles,
@@ -179,7 +179,7 @@ def search(
     """Run the trials of an experiment and tell how each one went.
 
     Args:
-        experiment: of `determined_files.trial_config.read_experiment`.
+        experiment: of `e2e_utils.experiment.read_experiment`.
         tiles: folder of the tiles, instead of the experiment's backend and data_dir.
         output_dir: folder that all machines share, or an s3:// or gs:// URL; the
             search goes to output_dir/name.

@@ -1,6 +1,6 @@
 """Real servers of one untrained detector, each started once for all tests that ask it.
 
-The requests are written out here byte by byte, without e2e_utils.client: what a
+The requests are written out here byte by byte, without kserve_utils.client: what a
 server takes must not depend on who asks.
 """
 
@@ -27,10 +27,9 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 from PIL import Image
 from serving import NAMES, checkpoint, jpeg
 
-from e2e_utils import export
-from e2e_utils.artefact import write_artefact
-from kserve_utils.predictor.local import predictor
-from kserve_utils.torchserve_utils.local import torchserve
+from kserve_utils import export
+from kserve_utils.artefact import write_artefact
+from kserve_utils.servers import predictor, torchserve
 
 MODEL = "xview-fasterrcnn"
 

@@ -18,10 +18,10 @@ ROAD = """
 import json, sys
 from pathlib import Path
 import torch
-from e2e_utils.artefact import write_artefact
+from kserve_utils.artefact import write_artefact
 from e2e_utils.data import CocoTiles, train_loader
-from e2e_utils.engines import read_artefact
-from e2e_utils.export import strip_checkpoint
+from kserve_utils.engines import read_artefact
+from kserve_utils.export import strip_checkpoint
 from e2e_utils.models import build_model
 from e2e_utils.train import TrainConfig, fit, forward_losses, read_metrics, seed_step
 

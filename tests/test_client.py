@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from serving import NAMES, jpeg
 
-from e2e_utils.client import RemoteError, predict_remote
+from kserve_utils.client import RemoteError, predict_remote
 
 FOUND = {
     "boxes_xyxy": [1.5, 2, 3, 4, 5, 6, 7, 8],
@@ -152,7 +152,7 @@ def test_a_busy_server_gets_the_whole_body_again(double, busy, tmp_path):
 def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
     url, _, answers = double
     waits = []
-    monkeypatch.setattr("e2e_utils.client.time.sleep", waits.append)
+    monkeypatch.setattr("kserve_utils.client.time.sleep", waits.append)
     answers += [(429, {"Retry-After": "7"}, ""), (503, {}, ""), (503, {}, "")]
     answers += [(503, {"Retry-After": "3600"}, ""), (200, {}, v2())]
     predict_remote(url, jpeg(), protocol="v2", retries=4)

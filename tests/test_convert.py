@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sahi.utils.coco import Coco, CocoAnnotation, CocoCategory, CocoImage
 
-from e2e_utils.convert import geojson_to_coco, read_classes, tif_to_rgb
+from e2e_utils.classes import read_classes
+from e2e_utils.convert import geojson_to_coco, tif_to_rgb
 from e2e_utils.scenes import FailedScenes
 
 HEIGHT, WIDTH = 60, 80

@@ -11,12 +11,11 @@ import torch
 from e2e_utils.data import (
     CocoTiles,
     RandomTranspose,
-    StepSampler,
     default_augment,
     eval_loader,
     train_loader,
 )
-from e2e_utils.sampling import aspect_ratio_groups, repeat_factors
+from e2e_utils.sampling import StepSampler, aspect_ratio_groups, repeat_factors
 
 
 @pytest.fixture

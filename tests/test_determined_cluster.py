@@ -22,7 +22,7 @@ from determined_master import ExperimentState, MasterDouble  # noqa: E402
 from determined_files import core_api  # noqa: E402
 from determined_files.load import download_best, load_trial_checkpoint  # noqa: E402
 from determined_files.train import run_local  # noqa: E402
-from determined_files.trial_config import METRICS, load_config  # noqa: E402
+from e2e_utils.experiment import METRICS, load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"

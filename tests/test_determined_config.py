@@ -22,8 +22,12 @@ from jsonschema import Draft7Validator, ValidationError, validators
 from referencing import Registry
 from referencing.jsonschema import DRAFT7
 
-from determined_files.train import load_config
-from determined_files.trial_config import HYPERPARAMETERS, check_hparams, train_config
+from e2e_utils.experiment import (
+    HYPERPARAMETERS,
+    check_hparams,
+    load_config,
+    train_config,
+)
 from e2e_utils.models import MODELS, model_settings
 
 FILES = Path(__file__).parents[1] / "determined_files"
@@ -339,7 +343,7 @@ def test_off_of_yaml_is_the_word_that_was_written():
 
 
 def test_every_hyperparameter_is_told_in_the_module():
-    text = (FILES / "trial_config.py").read_text()
+    text = (FILES.parent / "e2e_utils" / "experiment.py").read_text()
     own = [k for k in HYPERPARAMETERS if "batch" in k or k in ("backend", "data_dir")]
     for name in own:
         assert f"    {name} " in text

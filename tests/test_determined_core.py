@@ -21,10 +21,11 @@ from determined_files.load import (  # noqa: E402
     convert_trial_checkpoint,
     load_trial_checkpoint,
 )
-from determined_files.trial_config import METRICS, load_config  # noqa: E402
+from e2e_utils.config import TrainConfig  # noqa: E402
+from e2e_utils.experiment import METRICS, load_config  # noqa: E402
 from e2e_utils.models import model_from_checkpoint  # noqa: E402
 from e2e_utils.optim import lr_factor  # noqa: E402
-from e2e_utils.train import TrainConfig, fit, read_metrics  # noqa: E402
+from e2e_utils.train import fit, read_metrics  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
@@ -172,7 +173,7 @@ TWO = """
 import sys
 from pathlib import Path
 from determined_files import core_api
-from determined_files.trial_config import load_config
+from e2e_utils.experiment import load_config
 from e2e_utils.optim import lr_factor  # noqa: E402
 from e2e_utils.train import TrainConfig, fit, start_process_group
 

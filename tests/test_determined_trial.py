@@ -19,20 +19,20 @@ pytest.importorskip("determined")
 
 from determined.common import context as det_context  # noqa: E402
 
-from determined_files import trial_config  # noqa: E402
 from determined_files.load import (  # noqa: E402
     convert_trial_checkpoint,
     load_trial_checkpoint,
 )
-from determined_files.train import load_config, run_local, steps_done  # noqa: E402
+from determined_files.train import run_local, steps_done  # noqa: E402
+from e2e_utils.config import TrainConfig  # noqa: E402
 from e2e_utils.data import CocoTiles, default_augment, train_loader  # noqa: E402
-from e2e_utils.models import model_from_checkpoint  # noqa: E402
-from e2e_utils.train import (  # noqa: E402
-    TrainConfig,
-    fit,
-    forward_losses,
-    seed_step,
+from e2e_utils.experiment import (  # noqa: E402
+    fetch_tiles,
+    load_config,  # noqa: E402
+    write_fake_tiles,
 )
+from e2e_utils.models import model_from_checkpoint  # noqa: E402
+from e2e_utils.train import fit, forward_losses, seed_step  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
@@ -50,7 +50,7 @@ def _own_data_home(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiles")
-    trial_config.write_fake_tiles(folder, TrainConfig("", ""))
+    write_fake_tiles(folder, TrainConfig("", ""))
     return folder
 
 
@@ -341,7 +341,7 @@ def test_upload_of_the_whole_repository_is_small(capsys):
 )
 def test_backend_and_place_must_fit(hparams, message):
     with pytest.raises(ValueError, match=message):
-        trial_config.fetch_tiles(hparams)
+        fetch_tiles(hparams)
 
 
 def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
@@ -351,7 +351,7 @@ def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(e2e_utils.storage, "sync", lambda *a, **k: calls.append(a))
     hparams = {"backend": "aws", "data_dir": "s3://b/t", "cache_dir": str(tmp_path)}
     for local_rank in (0, 1):
-        assert trial_config.fetch_tiles(hparams, local_rank) == str(tmp_path)
+        assert fetch_tiles(hparams, local_rank) == str(tmp_path)
     assert calls == [("s3://b/t", str(tmp_path))]
 
 

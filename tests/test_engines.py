@@ -17,11 +17,11 @@ from PIL import Image
 from serving import NAMES, ROOT, checkpoint, decode, jpeg
 from torchvision.ops import poolers
 
-from e2e_utils import artefact as artefacts
-from e2e_utils import engines, export
 from e2e_utils.models import build_model, model_from_checkpoint
 from e2e_utils.predict import predict_image, predict_scene
-from kserve_utils.predictor.approve_bf16 import approve_bf16
+from kserve_utils import artefact as artefacts
+from kserve_utils import engines, export
+from kserve_utils.approve import approve_bf16
 
 OTHERS = ("openvino", "onnxruntime")
 SIZES = [(300, 300), (211, 157), (640, 480), (2, 2), (40, 900)]
@@ -551,7 +551,7 @@ import sys
 for name in sys.argv[2].split(","):
     sys.modules[name] = None
 import numpy as np
-from e2e_utils.engines import load_engine
+from kserve_utils.engines import load_engine
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
 module, meta = load_engine(sys.argv[1], device="cpu")
 pixels = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
@@ -577,7 +577,7 @@ def test_torch_serves_an_artefact_without_the_libraries_of_other_roads(plain):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_lower_precision_is_refused_until_it_is_approved(copy, precision):
     refused = {"precision": precision, "emulate": True}
-    told = f"{precision} is not approved for torch.*approve_bf16"
+    told = f"{precision} is not approved for torch.*kserve_utils.approve"
     with pytest.raises(
         ValueError, match=told + (" --precision fp16" * (told[0] == "f"))
     ):
@@ -704,7 +704,7 @@ def test_tiles_are_read_evenly_over_a_folder(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_an_artefact_and_tells_what_it_measured(stripped, tmp_path):
     (tmp_path / "tile.jpg").write_bytes(jpeg())
-    command = [sys.executable, "-m", "e2e_utils.artefact", "--stripped-ckpt"]
+    command = [sys.executable, "-m", "kserve_utils.artefact", "--stripped-ckpt"]
     command += [str(stripped), "--out-dir", str(tmp_path / "new")]
     command += ["--tiles-dir", str(tmp_path), "--engines", "torch", "openvino"]
     done = subprocess.run(

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from serving import NAMES, ROOT, SETTINGS, TABLE, checkpoint, decode, jpeg
 
-from e2e_utils import export
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image
+from kserve_utils import export
 
 SERVER = ROOT / "kserve_utils" / "torchserve_utils"
 DESCRIPTION = {"architecture": "fasterrcnn_small", "class_names": NAMES}
@@ -216,7 +216,7 @@ def test_the_archive_holds_all_that_a_server_needs(mar, stripped):
 def test_two_archives_at_the_same_time_do_not_disturb_each_other(
     stripped, mar, tmp_path
 ):
-    command = [sys.executable, "-m", "e2e_utils.export"]
+    command = [sys.executable, "-m", "kserve_utils.export"]
     command += ["--stripped-ckpt", str(stripped), "--out-dir"]
     runs = [subprocess.Popen([*command, str(tmp_path / name)]) for name in ("a", "b")]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]

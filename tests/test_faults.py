@@ -41,11 +41,10 @@ from servers import (
 )
 from serving import ROOT, checkpoint, jpeg
 
-from e2e_utils import export
-from kserve_utils.predictor.local import predictor
+from kserve_utils import export
 from kserve_utils.predictor.model import Detector, Limits
 from kserve_utils.predictor.rest import add_routes
-from kserve_utils.torchserve_utils.local import torchserve
+from kserve_utils.servers import predictor, torchserve
 
 pytestmark = pytest.mark.slow
 

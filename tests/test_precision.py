@@ -24,10 +24,10 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
 from e2e_utils import hardware, models
+from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import choose_precision, find_device, native_precisions
 from e2e_utils.predict import predict_image, predict_scene
 from e2e_utils.train import (
-    TrainConfig,
     fit,
     main,
     read_metrics,

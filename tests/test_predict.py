@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from e2e_utils import predict
-from e2e_utils.convert import read_classes
+from e2e_utils.classes import read_classes
 from e2e_utils.evaluate import to_coco
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image, predict_scene, save_json, to_geojson

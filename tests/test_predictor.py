@@ -42,16 +42,16 @@ from servers import (
 )
 from serving import NAMES, ROOT, decode, jpeg
 
-from e2e_utils.client import predict_remote
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
+from kserve_utils.client import predict_remote
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
-from kserve_utils.predictor.local import predictor
 from kserve_utils.predictor.model import Detector, Limits, Turns
 from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.predictor.rest import _all, _chunks, one_line
+from kserve_utils.servers import predictor
 
 TILE = jpeg(300, 300, seed=3)
 FOLDER = ROOT / "kserve_utils" / "predictor"
@@ -582,8 +582,8 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
         lines = [line for line in pins.splitlines() if re.search(pattern, line)]
         assert len(lines) >= len(pattern.split("|"))  # each name is pinned
         chosen |= {re.split("[=[]", line)[0] for line in lines}
-    served = [FOLDER.parent / "__init__.py", *FOLDER.glob("*.py")]
-    served = [path for path in served if path.name not in ASIDE]
+    served = [FOLDER.parent / "__init__.py", FOLDER.parent / "engines.py"]
+    served += FOLDER.glob("*.py")
     served += [ROOT / "e2e_utils" / f"{name}.py" for name in CORE]
     imported = set().union(*(imports(path) for path in served))
     sources = importlib.metadata.packages_distributions()
@@ -596,9 +596,7 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
     assert len(wanted) > 10 and names[0] <= names[1]
 
 
-# tools beside the server: not part of what it runs
-ASIDE = ("local.py", "approve_bf16.py")
-CORE = ("engines", "grid", "models", "predict", "scenes")
+CORE = ("files", "grid", "hardware", "models", "predict", "scenes")
 
 
 def imports(path) -> set[str]:

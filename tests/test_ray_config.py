@@ -14,12 +14,12 @@ import yaml
 from serving import ROOT
 from test_k8s import strict
 
-from determined_files.trial_config import (
+from e2e_utils.config import TrainConfig
+from e2e_utils.experiment import (
     absolute_init,
     read_experiment,
     write_fake_tiles,
 )
-from e2e_utils.config import TrainConfig
 from e2e_utils.optim import lr_factor
 
 pytest.importorskip("ray")

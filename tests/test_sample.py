@@ -3,17 +3,17 @@
 import hashlib
 import json
 import random
+import runpy
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from commands import python
 
-from e2e_utils import sample, scenery
+from e2e_utils.classes import read_classes
+from sample_data import canvas, dataset, open_land, quarters, scene, vehicles
 
-CLASSES = Path(sample.__file__).with_name("xview_classes.json")
 PROPERTIES = [
     "bounds_imcoords", "edited_by", "cat_id", "type_id", "ingest_time",
     "index_right", "image_id", "point_geom", "feature_id", "grid_file",
@@ -24,11 +24,11 @@ DRAWN = {12, 13, 18, 19, 25, 40, 41, 73, 86, 91}
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four scenes, the fourth without labels."""
-    return sample.draw_dataset(tmp_path_factory.mktemp("sample") / "xview", scenes=4)
+    return dataset.draw_dataset(tmp_path_factory.mktemp("sample") / "xview", scenes=4)
 
 
 def features_of(folder):
-    return json.loads((folder / sample.GEOJSON).read_text())["features"]
+    return json.loads((folder / dataset.GEOJSON).read_text())["features"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows(four):
 
 
 def scene_name(index):
-    return f"{sample.scene_number(index)}.tif"
+    return f"{dataset.scene_number(index)}.tif"
 
 
 def images_of(folder):
@@ -64,13 +64,13 @@ def test_scenes_are_contiguous_uint8_rgb(four):
 
 
 def test_a_scene_depends_on_its_index_and_the_seed_alone(four, tmp_path):
-    one = sample.draw_dataset(tmp_path / "one", scenes=1)
+    one = dataset.draw_dataset(tmp_path / "one", scenes=1)
     name = scene_name(0)
     first = (one / "train_images" / name).read_bytes()
     assert first == (four / "train_images" / name).read_bytes()
     mine = [f for f in features_of(one) if f["properties"]["image_id"] == name]
     assert mine == features_of(four)[: len(mine)] and len(mine) > 100
-    other, _ = scenery.draw_scene(3, seed=1)  # the quickest
+    other, _ = scene.draw_scene(3, seed=1)  # the quickest
     assert not np.array_equal(other, images_of(four)[scene_name(3)])
 
 
@@ -78,8 +78,8 @@ def test_pixels_do_not_depend_on_threads_or_vector_instructions(four):
     """As on another processor: no IPP, no dispatch to wider vectors, other threads."""
     code = (
         "import cv2; cv2.setUseOptimized(False); cv2.setNumThreads(3);"
-        "import hashlib; from e2e_utils import scenery;"
-        "image, objects = scenery.draw_scene(1, 0);"
+        "import hashlib; from sample_data import scene;"
+        "image, objects = scene.draw_scene(1, 0);"
         "print(hashlib.sha256(image.tobytes()).hexdigest())"
     )
     plain = {"OPENCV_IPP": "disabled", "OPENCV_CPU_DISABLE": "AVX2"}
@@ -93,8 +93,6 @@ def test_boxes_are_tight_around_what_is_drawn():
 
     Without sun height there is no shadow, so the changed pixels are the object's.
     """
-    from e2e_utils.scenery import canvas, vehicles
-
     rng = np.random.default_rng(3)
     makers = [
         vehicles.car, vehicles.bus, vehicles.box_truck, vehicles.container,
@@ -120,7 +118,7 @@ def test_boxes_are_tight_around_what_is_drawn():
 
 
 def test_features_have_the_fields_of_the_real_file(four):
-    document = json.loads((four / sample.GEOJSON).read_text())
+    document = json.loads((four / dataset.GEOJSON).read_text())
     assert document["type"] == "FeatureCollection"
     crs = document["crs"]["properties"]["name"]
     assert crs == "urn:ogc:def:crs:OGC:1.3:CRS84"
@@ -172,8 +170,8 @@ def test_every_defect_of_the_real_file_is_there(four, rows):
 
 
 def test_class_ids_are_those_of_xview(rows):
-    known = {c["type_id"] for c in json.loads(CLASSES.read_text())["classes"]}
-    assert {type_id for _, type_id, _ in rows} - {75, 82} == DRAWN <= known
+    used = {type_id for _, type_id, _ in rows} - {75, 82}
+    assert used == DRAWN and DRAWN <= set(read_classes())
 
 
 def test_no_car_stands_in_another(rows):
@@ -189,8 +187,6 @@ def test_no_car_stands_in_another(rows):
 @pytest.mark.slow
 def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
     """Only what is placed counts here, so the drawing of pixels is left out."""
-    from e2e_utils.scenery import open_land, quarters, scene
-
     for owner, names in {
         scene: ("paint", "flush"),
         open_land: ("paint", "blend"),
@@ -199,7 +195,7 @@ def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
     }.items():
         for name in names:
             monkeypatch.setattr(owner, name, lambda *_, **__: None)
-    drawn = {i: scenery.draw_scene(i, 0)[1] for i in range(12)}
+    drawn = {i: scene.draw_scene(i, 0)[1] for i in range(12)}
     labelled = [i for i in drawn if drawn[i]]
     assert len(labelled) == 11
     random.seed(0)
@@ -216,12 +212,12 @@ def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
 
 
 def test_the_default_set_stays_under_60_megabytes():
-    sizes = [height * width * 3 for height, width, _ in scenery.scene.PLANS]
+    sizes = [height * width * 3 for height, width, _ in scene.PLANS]
     assert len(sizes) == 12 and sum(sizes) < 60e6
 
 
 def test_numbers_ascend_and_never_meet_the_missing_scene():
-    numbers = [sample.scene_number(i) for i in range(200)]
+    numbers = [dataset.scene_number(i) for i in range(200)]
     assert numbers == sorted(set(numbers)) and 1395 not in numbers
 
 
@@ -238,17 +234,17 @@ def quick(monkeypatch):
             raise KeyboardInterrupt
         return np.zeros((200, 200, 3), np.uint8), [(18, 10, 10, 25, 17)]
 
-    monkeypatch.setattr(scenery, "draw_scene", draw)
+    monkeypatch.setattr(scene, "draw_scene", draw)
     return fails
 
 
 def test_a_folder_is_completed_once_and_old_scenes_go(tmp_path, quick):
-    sample.draw_dataset(tmp_path, scenes=3)
+    dataset.draw_dataset(tmp_path, scenes=3)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    sample.draw_dataset(tmp_path, scenes=3)
+    dataset.draw_dataset(tmp_path, scenes=3)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    (tmp_path / sample.GEOJSON).unlink()
-    sample.draw_dataset(tmp_path, scenes=2)
+    (tmp_path / dataset.GEOJSON).unlink()
+    dataset.draw_dataset(tmp_path, scenes=2)
     assert set(images_of(tmp_path)) == {scene_name(0), scene_name(1)}
     named = {f["properties"]["image_id"] for f in features_of(tmp_path)}
     assert named == {scene_name(0), scene_name(1), "1395.tif"}
@@ -257,17 +253,21 @@ def test_a_folder_is_completed_once_and_old_scenes_go(tmp_path, quick):
 def test_a_run_that_was_cut_off_is_completed_by_the_next(tmp_path, quick):
     quick.add(1)
     with pytest.raises(KeyboardInterrupt):
-        sample.draw_dataset(tmp_path, scenes=2)
-    assert not (tmp_path / sample.GEOJSON).exists()
+        dataset.draw_dataset(tmp_path, scenes=2)
+    assert not (tmp_path / dataset.GEOJSON).exists()
     quick.clear()
-    sample.draw_dataset(tmp_path, scenes=2)
+    dataset.draw_dataset(tmp_path, scenes=2)
     assert len(images_of(tmp_path)) == 2
     assert not list(tmp_path.rglob(".part*"))
 
 
-def test_the_command_line_draws_and_says_what_it_is(tmp_path, quick, capsys):
+def test_the_command_line_draws_and_says_what_it_is(
+    tmp_path, quick, capsys, monkeypatch
+):
     arguments = ["--output_dir", str(tmp_path / "d"), "--scenes", "1", "--seed", "5"]
-    assert sample.main(arguments) == 0
+    monkeypatch.setattr("sys.argv", ["sample_data", *arguments])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("sample_data")
     assert "none of it is xView" in capsys.readouterr().out
     assert len(images_of(tmp_path / "d")) == 1
 
@@ -278,21 +278,21 @@ def test_a_folder_that_cannot_be_written_is_one_message_that_names_it(
 ):
     (tmp_path / "file").write_text("not a folder")
     target = tmp_path / "file" / below
-    assert sample.main(["--output_dir", str(target)]) == 2
+    assert dataset.main(["--output_dir", str(target)]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert str(target) in message
 
 
 def test_a_data_set_that_was_not_drawn_here_is_not_touched(tmp_path):
-    real = tmp_path / sample.GEOJSON
+    real = tmp_path / dataset.GEOJSON
     real.write_text("{}")
     with pytest.raises(FileExistsError, match="not drawn by this program"):
-        sample.draw_dataset(tmp_path)
+        dataset.draw_dataset(tmp_path)
     assert real.read_text() == "{}"
 
 
 @pytest.mark.parametrize(("argument", "value"), [("scenes", 0), ("seed", -1)])
 def test_a_wrong_number_is_quoted(tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be .*, not {value}"):
-        sample.draw_dataset(tmp_path / "x", **{argument: value})
+        dataset.draw_dataset(tmp_path / "x", **{argument: value})
     assert not (tmp_path / "x").exists()

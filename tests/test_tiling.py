@@ -20,14 +20,9 @@ from sahi.slicing import get_slice_bboxes, process_coco_annotations
 from sahi.slicing import slice_coco as sahi_slice_coco
 from sahi.utils.coco import CocoAnnotation
 
-from e2e_utils.tiling import (
-    FailedScenes,
-    clip_to_tiles,
-    read_rgb,
-    read_window,
-    slice_coco,
-    tile_grid,
-)
+from e2e_utils.grid import clip_to_tiles, tile_grid
+from e2e_utils.scenes import FailedScenes, read_rgb, read_window
+from e2e_utils.tiling import slice_coco
 
 CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(3)]
 

@@ -23,10 +23,10 @@ from servers import (
 )
 from serving import NAMES, ROOT, decode, jpeg
 
-from e2e_utils.client import RemoteError, predict_remote
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image
-from kserve_utils.torchserve_utils.local import java_home, torchserve
+from kserve_utils.client import RemoteError, predict_remote
+from kserve_utils.servers import java_home, torchserve
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ BLOCK = """
 import signal, sys, time
 # a background job of a shell without job control inherits Ctrl-C as ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from kserve_utils.torchserve_utils.local import java_home, torchserve
+from kserve_utils.servers import java_home, torchserve
 with torchserve(sys.argv[1]) as url:
     print("up", flush=True)
     time.sleep(300)

@@ -13,18 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from e2e_utils.config import TrainConfig, parse_args
+from e2e_utils.data import CocoTiles
 from e2e_utils.models import model_from_checkpoint
-from e2e_utils.train import (
-    CocoTiles,
-    TrainConfig,
-    evaluate_split,
-    fit,
-    lr_factor,
-    make_optimizer,
-    parse_args,
-    read_metrics,
-    train_step,
-)
+from e2e_utils.optim import lr_factor, make_optimizer
+from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
 TINY = {
     "steps": 12,

@@ -2,9 +2,9 @@
 
     python -m kserve_utils.predictor --model_dir artefact --engine openvino
 
---model_dir is a folder of `e2e_utils.artefact.write_artefact`. Nothing listens before
-the model has answered a picture. SIGTERM: not ready at once, then the requests in
-flight get their answers, then the end.
+--model_dir is a folder of `kserve_utils.artefact.write_artefact`. Nothing listens
+before the model has answered a picture. SIGTERM: not ready at once, then the requests
+in flight get their answers, then the end.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def main() -> None:
     from kserve.logging import logger
     from PIL import Image
 
-    from e2e_utils.engines import load_engine
-    from kserve_utils.predictor.model import Detector, Limits
-    from kserve_utils.predictor.server import Server
+    from ..engines import load_engine
+    from .model import Detector, Limits
+    from .server import Server
 
     Image.MAX_IMAGE_PIXELS = None  # the limits below, by the header
     limits = Limits(

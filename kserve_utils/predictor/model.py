@@ -30,15 +30,16 @@ from prometheus_client import Counter, Gauge
 from torch import nn
 
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
-from kserve_utils.predictor.pictures import (
+
+from .pictures import (
     MAX_SIDE,
     check_picture,
     check_scene,
     decode,
     scene_error,
 )
-from kserve_utils.predictor.protocol import OUTPUTS, Job, answer_v1, answer_v2
-from kserve_utils.predictor.refusal import Refusal, bad
+from .protocol import OUTPUTS, Job, answer_v1, answer_v2
+from .refusal import Refusal, bad
 
 QUEUE = Gauge("predictor_queue_length", "requests that wait or run")
 PICTURES = Counter("predictor_pictures", "pictures answered", ["kind"])
@@ -110,7 +111,7 @@ class Detector(Model):
     """Boxes for tiles and scenes.
 
     Args:
-        detector: of `e2e_utils.engines.load_engine`.
+        detector: of `kserve_utils.engines.load_engine`.
         meta: its description: "class_names", "tile_size", "overlap",
             "score_threshold", "max_pixels".
         name: in the URLs.

@@ -15,7 +15,8 @@ import tifffile
 from PIL import Image
 
 from e2e_utils.scenes import TIFF_MAGIC, read_bands
-from kserve_utils.predictor.refusal import bad
+
+from .refusal import bad
 
 FORMATS = ("JPEG", "PNG", "TIFF")  # whose header is read without decoding pixels
 MAX_SIDE = 100_000  # a scene of 1 x 2,000,000,000 px would be millions of tiles

@@ -21,7 +21,7 @@ from kserve import InferOutput, InferResponse
 from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.infer_type import RequestedOutput, to_http_parameters
 
-from kserve_utils.predictor.refusal import bad
+from .refusal import bad
 
 OUTPUTS = {  # name -> datatype and shape of V2 and gRPC
     "boxes_xyxy": ("FP32", [-1, 4]),

@@ -22,9 +22,9 @@ from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kserve_utils.predictor.model import Detector
-from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2, read_json
-from kserve_utils.predictor.refusal import Refusal, bad
+from .model import Detector
+from .protocol import Job, parse_v1, parse_v2, read_json
+from .refusal import Refusal, bad
 
 REQUESTS = Counter("predictor_requests", "requests", ["protocol", "code"])
 LATENCY = Histogram(

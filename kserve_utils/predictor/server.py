@@ -24,10 +24,10 @@ from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.grpc import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 from kserve.protocol.grpc.servicer import InferenceServicer
 
-from kserve_utils.predictor.model import Detector
-from kserve_utils.predictor.protocol import Job, parse_grpc
-from kserve_utils.predictor.refusal import Refusal
-from kserve_utils.predictor.rest import (
+from .model import Detector
+from .protocol import Job, parse_grpc
+from .refusal import Refusal
+from .rest import (
     LATENCY,
     REQUESTS,
     add_routes,

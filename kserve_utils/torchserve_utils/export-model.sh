@@ -31,5 +31,5 @@ trap 'rm -rf -- "$stripped"' EXIT
 
 "$python" "$here/strip_checkpoint.py" --ckpt-path "$checkpoint" \
   --new-ckpt-name "$stripped/trained_model_stripped.pth"
-"$python" -m e2e_utils.export --stripped-ckpt "$stripped/trained_model_stripped.pth" \
+"$python" -m kserve_utils.export --stripped-ckpt "$stripped/trained_model_stripped.pth" \
   --out-dir "$out_dir" --model-name "$model_name"

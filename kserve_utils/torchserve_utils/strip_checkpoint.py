@@ -14,8 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from e2e_utils.export import strip_checkpoint
 from e2e_utils.models import MODELS
+from kserve_utils.export import strip_checkpoint
 
 
 def read_class_names(path: str | Path) -> list[str]:

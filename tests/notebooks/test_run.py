@@ -8,9 +8,10 @@ import pytest
 import torch
 from marked import differences
 
+from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles
 from e2e_utils.models import model_from_checkpoint
-from e2e_utils.train import TrainConfig, evaluate_split
+from e2e_utils.train import evaluate_split
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 pytestmark = pytest.mark.notebook

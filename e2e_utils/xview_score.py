@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from e2e_utils.evaluate import coco_metrics, columns, overlaps, read_ground_truth
+from .evaluate import coco_metrics, columns, overlaps, read_ground_truth
 
 # xView's type ids by size and frequency of the class, from score.py and the README of
 # https://github.com/DIUx-xView/xView1_baseline

@@ -6,7 +6,7 @@ import pytest
 
 import e2e_utils
 from e2e_utils.evaluate import coco_metrics
-from e2e_utils.scores import (
+from e2e_utils.xview_score import (
     XVIEW_GROUPS,
     XVIEW_TYPE_IDS,
     three_scores,

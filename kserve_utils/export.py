@@ -1,6 +1,6 @@
 """A checkpoint to what is served: stripped weights, a .mar, a model store.
 
-    python -m e2e_utils.export --stripped-ckpt stripped.pth --out-dir store
+    python -m kserve_utils.export --stripped-ckpt stripped.pth --out-dir store
 
 Copy: this file and models.py. (The archive also takes the files beside
 `fasterrcnn_handler.py`; pass their folder as `server_dir` if `kserve_utils` is not
@@ -336,7 +336,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("e2e_utils.export")
+    parser = argparse.ArgumentParser("kserve_utils.export")
     parser.add_argument("--stripped-ckpt", required=True, help="of strip_checkpoint")
     parser.add_argument("--out-dir", required=True, help="gets config/, model-store/")
     parser.add_argument("--model-name", default="xview-fasterrcnn")

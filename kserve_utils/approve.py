@@ -1,6 +1,6 @@
 """Measure what bf16 or fp16 costs on your own tiles, and let an artefact be served so.
 
-    python -m kserve_utils.predictor.approve_bf16 --artefact artefact \\
+    python -m kserve_utils.approve --artefact artefact \\
         --engine openvino --json tiles/val_300_02.json --images tiles/val_images_300_02
 
 bf16 keeps 8 bits of a number's 24, fp16 (`--precision fp16`, for torch on a GPU that
@@ -20,9 +20,10 @@ from pathlib import Path
 from torch import nn
 
 from e2e_utils.data import CocoTiles, eval_loader
-from e2e_utils.engines import load_engine, read_artefact
 from e2e_utils.evaluate import coco_metrics, detect
 from e2e_utils.hardware import PRECISIONS
+
+from .engines import load_engine, read_artefact
 
 LOWER = [name for name, dtype in PRECISIONS.items() if dtype]
 
@@ -125,7 +126,7 @@ def _record(folder: Path, engine: str, precision: str, outcome: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("kserve_utils.predictor.approve_bf16")
+    parser = argparse.ArgumentParser("kserve_utils.approve")
     parser.add_argument("--artefact", required=True, help="folder of write_artefact")
     parser.add_argument("--engine", default="openvino", choices=("openvino", "torch"))
     parser.add_argument("--json", required=True, help="COCO file of labelled tiles")

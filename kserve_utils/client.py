@@ -1,6 +1,7 @@
 """Ask a model server for the boxes of a picture.
 
-Copy: this file. (With xview_classes.json, or pass `class_names`.)
+Copy: this file. (With e2e_utils/classes.py and its xview_classes.json, or pass
+`class_names`.)
 
 It needs numpy and requests only, so that a machine that asks needs no torch; that is
 why it does not stand in export.py.
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import requests
+
+from e2e_utils.classes import class_names as xview_names
 
 _BUSY = (429, 503)
 _GONE = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
@@ -177,7 +180,7 @@ def _post(
 
 def _labelled(url: str, rows: list, class_names: Sequence[str] | None) -> dict:
     """V1 tells names; here they get their labels."""
-    names = list(class_names) if class_names is not None else _xview_names()
+    names = list(class_names) if class_names is not None else xview_names()
     label_of = {name: label for label, name in enumerate(names)}
     unknown = sorted({name for name, _, _ in rows} - set(label_of))
     if unknown:
@@ -243,8 +246,3 @@ def _failure(url: str, response: requests.Response, host: str | None) -> str:
         503: " (still starting, overloaded, or the request could not be parsed)",
     }.get(status, "")
     return f"{url} answered {status}: {reason[:500]}{hint}"
-
-
-def _xview_names() -> list[str]:
-    table = json.loads(Path(__file__).with_name("xview_classes.json").read_text())
-    return ["background"] + [row["name"] for row in table["classes"]]

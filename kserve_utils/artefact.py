@@ -1,6 +1,6 @@
 """One artefact for every server: the checkpoint, its exports, and their parity.
 
-    python -m e2e_utils.artefact --stripped-ckpt stripped.pth --out-dir artefact \\
+    python -m kserve_utils.artefact --stripped-ckpt stripped.pth --out-dir artefact \\
         --tiles-dir tiles/val_images_300_02
 
 Copy: this file, engines.py, models.py and hardware.py.
@@ -33,7 +33,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import boxes as box_ops
 from torchvision.ops import poolers
 
-from e2e_utils.engines import (
+from .engines import (
     DESCRIBES,
     ENGINES,
     FILES,
@@ -424,7 +424,7 @@ def read_tiles(folder: str | Path, most: int = 8) -> list[np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("e2e_utils.artefact")
+    parser = argparse.ArgumentParser("kserve_utils.artefact")
     parser.add_argument("--stripped-ckpt", required=True, help="of strip_checkpoint")
     parser.add_argument("--out-dir", required=True, help="the artefact's folder")
     parser.add_argument("--tiles-dir", help="pictures for the parity check")

@@ -1,6 +1,6 @@
 """A trial's hyperparameters, and its tiles: what model_def.py is told.
 
-Copy: this folder and e2e_utils.
+Copy: this file, config.py, hardware.py, storage.py and xview_classes.json.
 
 Hyperparameters are the fields of `e2e_utils.train.TrainConfig` that say how to train
 (model, settings, optimizer, lr, seed, ...) under their own names, and these:
@@ -31,8 +31,8 @@ import cv2
 import numpy as np
 import yaml
 
-from e2e_utils.hardware import AMP
-from e2e_utils.train import TrainConfig
+from .config import TrainConfig
+from .hardware import AMP
 
 # What Determined decides or this trial measures in batches, and so is no hyperparameter
 _NOT_HERE = {"data_path", "output_dir", "steps", "epochs", "batch_size", "eval_steps"}
@@ -172,7 +172,7 @@ def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
     if not hparams.get("cache_dir"):
         raise ValueError(f"backend {backend} needs cache_dir, a folder for the tiles")
     if local_rank == 0:  # once a machine, whatever the number of its slots
-        from e2e_utils.storage import sync  # its libraries are needed here alone
+        from .storage import sync  # its libraries are needed here alone
 
         sync(where, hparams["cache_dir"])
     return str(hparams["cache_dir"])

@@ -1,0 +1,1 @@
+"""Draws the embedded data set: scenes and labels in the shape of xView."""
