@@ -155,6 +155,7 @@ def test_the_predictor_takes_the_arguments_of_its_manifest():
     assert str(arguments.model_dir) == "/mnt/models"  # where KServe mounts storageUri
     ports = {row["name"]: row["containerPort"] for row in container["ports"]}
     assert ports == {"http1": arguments.http_port, "grpc": arguments.grpc_port}
+    assert list(ports.values()) == [8080, 8081]  # as the network policy has them
     used = arguments.threads * arguments.at_once
     assert str(used) == container["resources"]["limits"]["cpu"]
     assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -232,54 +233,41 @@ def test_a_service_on_a_gpu_asks_for_one_and_can_be_replaced(which):
     assert predictor["model"]["runtimeVersion"] == f"{tag}-gpu"
 
 
-def selected(policy: dict) -> set[str]:
-    """The InferenceServices whose pods a NetworkPolicy is for."""
-    (one,) = policy["podSelector"]["matchExpressions"]
-    assert (one["key"], one["operator"]) == ("serving.kserve.io/inferenceservice", "In")
-    return set(one["values"])
-
-
-def services_of(runtime: str) -> set[str]:
-    return {service for one, service in PAIRS.values() if one == runtime}
-
-
-def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns():
-    policy = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    assert selected(policy) == services_of("xview-predictor")
+@pytest.mark.parametrize(
+    ("name", "runtime", "ports"),
+    [
+        ("xview-predictor", "xview-predictor", [[8080, 8081], [8080]]),
+        # KServe's wrapper and the metrics; the management is closed to the cluster
+        ("torchserve", "xview-torchserve", [[8080], [8082]]),
+    ],
+)
+def test_only_the_gateway_and_prometheus_reach_a_server_and_it_reaches_dns(
+    name, runtime, ports
+):
+    policy = OBJECTS["NetworkPolicy", name]["spec"]
+    (pods,) = policy["podSelector"]["matchExpressions"]
+    assert pods["key"] == "serving.kserve.io/inferenceservice"
+    assert pods["operator"] == "In"
+    assert set(pods["values"]) == {s for r, s in PAIRS.values() if r == runtime}
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     # a rule without a selector, or with an empty one, would let everyone in
     for rule in policy["ingress"] + policy["egress"]:
         (peer,) = rule.get("from") or rule["to"]
         assert set(peer) == {"namespaceSelector", "podSelector"}
         assert all(selector["matchLabels"] for selector in peer.values())
-        assert rule["ports"]
-    gateway, prometheus = policy["ingress"]
-    _, arguments = container_and_arguments()
-    opened = [row["port"] for row in gateway["ports"]]
-    assert opened == [arguments.http_port, arguments.grpc_port]
-    assert [row["port"] for row in prometheus["ports"]] == [arguments.http_port]
+    opened = [[row["port"] for row in rule["ports"]] for rule in policy["ingress"]]
+    assert opened == ports
+    (prometheus,) = policy["ingress"][1]["from"]
+    assert "prometheus" in prometheus["podSelector"]["matchLabels"].values()
     (egress,) = policy["egress"]
     asked = {(row["protocol"], row["port"]) for row in egress["ports"]}
     assert asked == {("UDP", 53), ("TCP", 53)}
     # the namespace and the Gateway that the install script makes
-    script = INSTALL.read_text()
-    (from_,) = gateway["from"]
-    space = from_["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    gateway, script = policy["ingress"][0]["from"][0], INSTALL.read_text()
+    space = gateway["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
     assert f"--namespace {space}" in script
-    (owner,) = from_["podSelector"]["matchLabels"].values()
+    (owner,) = gateway["podSelector"]["matchLabels"].values()
     assert re.search(rf"kind: Gateway\nmetadata:\n  name: {owner}\n", script)
-
-
-def test_the_management_of_torchserve_is_closed_to_the_cluster():
-    policy = OBJECTS["NetworkPolicy", "torchserve"]["spec"]
-    ours = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    assert selected(policy) == services_of("xview-torchserve")
-    assert policy["policyTypes"] == ours["policyTypes"]
-    assert policy["egress"] == ours["egress"]
-    peers = [rule["from"] for rule in policy["ingress"]]
-    assert peers == [rule["from"] for rule in ours["ingress"]]
-    opened = [row["port"] for rule in policy["ingress"] for row in rule["ports"]]
-    assert opened == [8080, 8082]  # KServe's wrapper, metrics
 
 
 def test_images_are_pinned_and_quantities_are_quantities():

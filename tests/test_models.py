@@ -100,6 +100,15 @@ def test_every_model_fits_together_and_all_that_is_to_learn_learns(name):
     assert learning and not [n for n, grad in learning.items() if grad is None]
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in MODELS if "aspect_ratios" in model_settings(n)]
+)
+def test_another_number_of_anchors_gives_a_head_for_it(name):
+    model = without_storage(name, aspect_ratios=[0.5, 1.0, 2.0, 4.0])
+    assert len(anchors_of(model).aspect_ratios[0]) == 4
+    assert predictions(model)[1].shape[1] == 4
+
+
 SMALL, RESNET = "fasterrcnn_small", "fasterrcnn_resnet50_fpn"
 
 
@@ -255,21 +264,6 @@ def test_the_stages_that_learn_are_those_of_torchvision(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "ratios"),
-    [
-        ("fasterrcnn_resnet50_fpn", 2),
-        ("fasterrcnn_resnet50_fpn_v2", 2),
-        ("retinanet_resnet50_fpn_v2", 2),
-        ("fasterrcnn_small", 4),
-    ],
-)
-def test_another_number_of_anchors_gives_a_head_for_it(name, ratios):
-    model = without_storage(name, aspect_ratios=[0.5 + i for i in range(ratios)])
-    assert len(anchors_of(model).aspect_ratios[0]) == ratios
-    assert predictions(model)[1].shape[1] == 4
-
-
-@pytest.mark.parametrize(
     ("name", "pretrained"),
     [
         ("fasterrcnn_resnet50_fpn", "weights"),
@@ -312,12 +306,6 @@ def test_what_began_with_pretrained_weights_is_rebuilt_without(
         began.backbone(image).values(), again.backbone(image).values(), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_norm_that_learns_can_be_frozen():
-    frozen = without_storage("fasterrcnn_resnet50_fpn", backbone_norm="frozen")
-    names = {type(m).__name__ for m in frozen.backbone.body.modules()}
-    assert "FrozenBatchNorm2d" in names and "BatchNorm2d" not in names
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
