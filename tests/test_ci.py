@@ -100,3 +100,17 @@ def test_contributing_names_every_package_and_every_benchmark():
     benchmarks = {f"benchmarks/{file.name}" for file in ROOT.glob("benchmarks/*.*")}
     assert len(packages) >= 4 and len(benchmarks) >= 7
     assert packages | benchmarks <= set(NAMED)
+
+
+def test_the_floors_in_contributing_are_those_of_the_imports():
+    floors = re.findall(r"^(\d)\. (.*(?:\n   .*)*)", CONTRIBUTING, re.M)
+    floor = {
+        path: int(number)
+        for number, text in floors
+        for path in re.findall(r"`(e2e_utils/\w+\.py)`", text)
+    }
+    assert len(floor) > 15 and set(floor.values()) == set(range(1, len(floors) + 1))
+    for path in floor:
+        names = re.findall(r"^ *from \.(\w+) ", (ROOT / path).read_text(), re.M)
+        below = {f"e2e_utils/{name}.py" for name in names} & set(floor)
+        assert all(floor[other] <= floor[path] for other in below), path
