@@ -21,7 +21,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 SHARED = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-", dir=SHARED)
 
-# The processes of a trial of Determined meet at fixed ports, unless told others.
+# The processes of a trial of Determined meet at fixed ports, unless given others.
 for name in ("INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2"):
     with socket.create_server(("127.0.0.1", 0)) as free:
         os.environ[name] = str(free.getsockname()[1])

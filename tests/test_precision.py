@@ -96,10 +96,10 @@ def ssd():
     return SSD(Body([32, 32]), boxes, (TILE, TILE), 4, score_thresh=0.0)
 
 
-def built(family, mended=True):
+def built(family, float32_boxes=True):
     torch.manual_seed(0)
     model = family()
-    if mended:
+    if float32_boxes:
         models.boxes_in_float32(model)
     return model
 
@@ -135,8 +135,8 @@ def found_at_the_edge(model, dtype):
 @pytest.mark.parametrize("family", [faster_rcnn, fcos, retinanet, ssd])
 def test_a_family_learns_in_bf16_and_its_boxes_lie_on_no_raster(family):
     """Small objects at the far edge, where bf16 holds every second pixel alone."""
-    unmended = found_at_the_edge(built(family, mended=False), torch.bfloat16)
-    assert share_on_a_raster(unmended) > 0.9
+    uncorrected = found_at_the_edge(built(family, float32_boxes=False), torch.bfloat16)
+    assert share_on_a_raster(uncorrected) > 0.9
     model = built(family)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
