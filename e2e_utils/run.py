@@ -147,8 +147,8 @@ def set_up(config: TrainConfig) -> Run:
     config.check()
     rank, world_size, local_rank = start_process_group(config.device)
     device = find_device(config.device, local_rank)
-    state = _read_last(config, device)
-    precision = _agree_on_precision(config, device, state)
+    state = read_last(config, device)
+    precision = agree_on_precision(config, device, state)
     if world_size > 1 and local_rank:
         dist.barrier()  # one process of each machine writes what cache="disk" keeps
     train_set = CocoTiles(*config.split("train"), default_augment(), config.cache)
@@ -190,7 +190,7 @@ def set_up(config: TrainConfig) -> Run:
     return run
 
 
-def _read_last(config: TrainConfig, device: torch.device) -> dict:
+def read_last(config: TrainConfig, device: torch.device) -> dict:
     """last.pt of the run that goes on, or {}; the same on all processes.
 
     Raises:
@@ -202,7 +202,7 @@ def _read_last(config: TrainConfig, device: torch.device) -> dict:
     if config.output_dir and path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         check_same_run(state["config"], config)
-    if len(set(gather(state.get("step")))) > 1:
+    if len(set(gather((state.get("step"), state.get("precision"))))) > 1:
         raise ValueError(
             f"{config.output_dir} is not the same on all machines: output_dir must be "
             "a folder that each of them sees"
@@ -210,7 +210,7 @@ def _read_last(config: TrainConfig, device: torch.device) -> dict:
     return state
 
 
-def _agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -> str:
+def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -> str:
     """What all processes compute in: what each of them has units for.
 
     Raises:

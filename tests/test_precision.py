@@ -355,7 +355,7 @@ def test_a_checkpoint_without_its_precision_needs_amp(tiles, tmp_path):
     saved = stopped_after(1, began)
     del saved["precision"], saved["scaler"]
     torch.save(saved, tmp_path / "last.pt")
-    needed = "last.pt does not tell its precision: give am"
+    needed = "last.pt lacks its precision: give am"
     with pytest.raises(ValueError, match=needed):
         fit(dataclasses.replace(began, amp="auto"), progress=False)
     saved = stopped_after(1, began)
@@ -376,22 +376,22 @@ UNLIKE = """
 import dataclasses, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from e2e_utils import train
+import torch
+from e2e_utils import run
 from e2e_utils.config import TrainConfig
 
-rank, _, _ = train.start_process_group()
-train.native_precisions = lambda _: ("fp32", "fp16", *["bf16"] * rank)
-gpu = train.torch.device("cuda")
+rank, _, _ = run.start_process_group()
+run.native_precisions = lambda _: ("fp32", "fp16", *["bf16"] * rank)
 config = TrainConfig("", sys.argv[1], model="fasterrcnn_resnet50_fpn")
-_, chosen = train.open_run(config, gpu)
+chosen = run.agree_on_precision(config, torch.device("cuda"), {})
 mine = Path(sys.argv[1], str(rank))  # as if output_dir were a disk of each machine
 mine.mkdir()
 if rank:
     saved = {"config": dataclasses.asdict(config), "step": 7, "precision": "bf16"}
-    train.torch.save(saved, mine / "last.pt")
+    torch.save(saved, mine / "last.pt")
 try:
     config = dataclasses.replace(config, output_dir=str(mine))
-    train.open_run(config, train.torch.device("cpu"))
+    run.read_last(config, torch.device("cpu"))
 except ValueError as error:
     chosen += " " + str("is not the same on all machines" in str(error))
 os.write(1, f"{chosen}\\n".encode())
