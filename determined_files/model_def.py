@@ -24,7 +24,7 @@ from e2e_utils.evaluate import METRICS, coco_metrics, detect, searcher_metrics
 from e2e_utils.experiment import fetch_tiles, train_config
 from e2e_utils.hardware import native_precisions
 from e2e_utils.optim import update_ema
-from e2e_utils.run import gather, set_up
+from e2e_utils.run import Run, gather
 from e2e_utils.train import forward_losses, seed_step
 
 
@@ -163,7 +163,7 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         local_rank = context.distributed.local_rank
         tiles = fetch_tiles(hparams, self._scratch.name, local_rank)
         context.distributed.broadcast_local(None)  # wait for whoever fetches
-        self.run = set_up(replace(config, data_path=tiles))
+        self.run = Run(replace(config, data_path=tiles))
         self.run.step = context.get_initial_batch() if start is None else start
         self.stop = min(stop or self.run.steps, self.run.steps)
         if len(self.run.val_set) < slots:

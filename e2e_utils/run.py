@@ -12,14 +12,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from .checkpoint import describe, save_checkpoint, start_from
@@ -73,31 +71,95 @@ def gather(value: Any) -> list:
     return values
 
 
-@dataclass
 class Run:
-    """A run as one process has it, between two steps."""
+    """A run as one process has it: made once, from the beginning or from last.pt.
 
-    config: TrainConfig
-    rank: int
-    world_size: int
-    device: torch.device
-    precision: str  # a key of hardware.PRECISIONS
-    train_set: CocoTiles
-    val_set: CocoTiles
-    repeats: list[float] | None  # of the tiles, see sampling.py
-    groups: list[int] | None
-    steps_per_epoch: int
-    steps: int  # of the whole run
-    model: nn.Module  # what learns
-    eval_model: nn.Module  # what is evaluated and served: the model, or its average
-    optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    step: int = 0  # done
-    best: float = -1.0  # best_metric, the highest so far
-    metrics: dict = field(default_factory=dict)  # of the last evaluation
-    # (losses, image ids) of each step since the last report, on the device
-    unreported: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
+    Args:
+        config: of the run. If its output_dir holds the last.pt of the same
+            configuration, it goes on from there; with an empty output_dir it begins.
+
+    Attributes:
+        rank, world_size, device, precision: of this process; precision is a key of
+            `hardware.PRECISIONS`, the same on all processes.
+        train_set, val_set: CocoTiles.
+        steps_per_epoch, steps: the latter of the whole run.
+        model: what learns.
+        eval_model: what is evaluated and served: the model, or the average of its
+            weights.
+        optimizer, scheduler, scaler: as torch has them.
+        step: how many are done.
+        metrics, best: of the last evaluation, and the highest best_metric so far.
+        unreported: (losses, image ids) of each step since the last report; losses are
+            float32 (L,) on the device.
+
+    Raises:
+        ValueError, FileNotFoundError: see `train.fit`.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        config.check()
+        self.config = config
+        self.rank, self.world_size, local_rank = start_process_group(config.device)
+        self.device = find_device(config.device, local_rank)
+        state = read_last(config, self.device)
+        self.precision = agree_on_precision(config, self.device, state)
+        self._open_tiles(local_rank)
+        self._make_model(begins=not state)
+        self.optimizer = make_optimizer(self.model, config, self.world_size)
+        self.scheduler = make_scheduler(
+            self.optimizer, config, self.steps, self.steps_per_epoch
+        )
+        self.scaler = grad_scaler(self.precision, self.device)
+        self.step, self.best = 0, -1.0
+        self.metrics: dict = {}
+        self.unreported: list[tuple[torch.Tensor, list[int]]] = []
+        if state:
+            self._resume(state)
+
+    def _open_tiles(self, local_rank: int) -> None:
+        config = self.config
+        if self.world_size > 1 and local_rank:
+            dist.barrier()  # one process of a machine writes what cache="disk" keeps
+        train = CocoTiles(*config.split("train"), default_augment(), config.cache)
+        self.train_set = train
+        self.val_set = CocoTiles(*config.split("val"), cache=config.cache)
+        if self.world_size > 1 and not local_rank:
+            dist.barrier()
+        self.repeats = repeat_factors(train, config.repeat_threshold)
+        self.groups = aspect_ratio_groups(train, config.aspect_ratio_group_factor)
+        size = config.batch_size
+        tiles = epoch_length(len(train), size, self.repeats, self.groups)
+        self.steps_per_epoch = max(1, tiles // (size * self.world_size))
+        self.steps = config.steps or config.epochs * self.steps_per_epoch
+
+    def _make_model(self, begins: bool) -> None:
+        config, names = self.config, self.train_set.class_names
+        torch.manual_seed(config.seed)
+        pretrained = config.weights, config.weights_backbone
+        model: Any = build_model(
+            config.model, len(names), *pretrained, **config.settings
+        )
+        if begins and config.init_checkpoint:
+            start_from(model, config.init_checkpoint, config.model, names)
+        layout = memory_format(self.precision)
+        self.model = self.eval_model = model.to(self.device, memory_format=layout)
+        if config.ema:
+            self.eval_model = copy.deepcopy(model).requires_grad_(False)
+        if config.compile:
+            model.backbone.compile()  # not the rest, whose shapes change with the tiles
+
+    def _resume(self, state: dict) -> None:
+        """Put the run back where its last.pt was written."""
+        self.eval_model.load_state_dict(state["model"])
+        self.model.load_state_dict(state.get("trained", state["model"]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.metrics = state["metrics"]
+        self.unreported = [(losses, []) for losses in state.get("unreported", [])]
+        state.clear()  # its tensors
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -134,60 +196,28 @@ class Run:
             "metrics": self.metrics,
         }
 
-
-def set_up(config: TrainConfig) -> Run:
-    """Everything that a loop needs, from the beginning or from output_dir's last.pt.
-
-    Args:
-        config: of the run; with an empty output_dir it begins anew.
-
-    Raises:
-        ValueError, FileNotFoundError: see `train.fit`.
-    """
-    config.check()
-    rank, world_size, local_rank = start_process_group(config.device)
-    device = find_device(config.device, local_rank)
-    state = read_last(config, device)
-    precision = agree_on_precision(config, device, state)
-    if world_size > 1 and local_rank:
-        dist.barrier()  # one process of each machine writes what cache="disk" keeps
-    train_set = CocoTiles(*config.split("train"), default_augment(), config.cache)
-    val_set = CocoTiles(*config.split("val"), cache=config.cache)
-    if world_size > 1 and not local_rank:
-        dist.barrier()
-    repeats = repeat_factors(train_set, config.repeat_threshold)
-    groups = aspect_ratio_groups(train_set, config.aspect_ratio_group_factor)
-    tiles = epoch_length(len(train_set), config.batch_size, repeats, groups)
-    steps_per_epoch = max(1, tiles // (config.batch_size * world_size))
-    steps = config.steps or config.epochs * steps_per_epoch
-    model = _make_model(config, train_set.class_names, begins=not state)
-    model.to(device, memory_format=memory_format(precision))  # type: ignore[call-overload]
-    average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
-    if config.compile:
-        # not the rest, whose shapes change with the tiles
-        model.backbone.compile()  # type: ignore[union-attr, operator]
-    optimizer = make_optimizer(model, config, world_size)
-    run = Run(
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        precision=precision,
-        train_set=train_set,
-        val_set=val_set,
-        repeats=repeats,
-        groups=groups,
-        steps_per_epoch=steps_per_epoch,
-        steps=steps,
-        model=model,
-        eval_model=model if average is None else average,
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, steps, steps_per_epoch),
-        scaler=grad_scaler(precision, device),
-    )
-    if state:
-        _resume(run, state)
-    return run
+    def save(self) -> None:
+        """Write last.pt, and best.pt if the evaluation of this step was the best."""
+        content = {
+            "model": self.eval_model.state_dict(),
+            **self.describe(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.step // self.steps_per_epoch,
+            "config": asdict(self.config),
+            "best": self.best,
+        }
+        output = Path(self.config.output_dir)
+        # best.pt first: killed in between, the run repeats this step and both
+        # a metric is None where it has no ground truth
+        now = self.metrics.get(self.config.best_metric) or 0.0
+        if self.metrics.get("step") == self.step and now == self.best:
+            save_checkpoint(output / "best.pt", content)
+        if self.eval_model is not self.model:
+            content["trained"] = self.model.state_dict()
+        content["unreported"] = [losses for losses, _ in self.unreported]
+        save_checkpoint(output / "last.pt", content)
 
 
 def read_last(config: TrainConfig, device: torch.device) -> dict:
@@ -231,54 +261,3 @@ def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -
         raise ValueError(
             f"{config.output_dir} holds a run that cannot go on here: {error}"
         ) from error
-
-
-def _make_model(config: TrainConfig, class_names: list[str], begins: bool) -> nn.Module:
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        len(class_names),
-        config.weights,
-        config.weights_backbone,
-        **config.settings,
-    )
-    if begins and config.init_checkpoint:
-        start_from(model, config.init_checkpoint, config.model, class_names)
-    return model
-
-
-def _resume(run: Run, state: dict) -> None:
-    """Put a run back where its last.pt was written."""
-    run.eval_model.load_state_dict(state["model"])
-    run.model.load_state_dict(state.get("trained", state["model"]))
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    if state.get("scaler"):
-        run.scaler.load_state_dict(state["scaler"])
-    run.step, run.best, run.metrics = state["step"], state["best"], state["metrics"]
-    run.unreported = [(losses, []) for losses in state.get("unreported", [])]
-    state.clear()  # its tensors
-
-
-def save_run(run: Run) -> None:
-    """Write last.pt, and best.pt where the evaluation of this step was the best."""
-    content = {
-        "model": run.eval_model.state_dict(),
-        **run.describe(),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": run.step // run.steps_per_epoch,
-        "config": asdict(run.config),
-        "best": run.best,
-    }
-    output = Path(run.config.output_dir)
-    # best.pt first: killed in between, the run repeats this step and both
-    # a metric is None where it has no ground truth
-    now = run.metrics.get(run.config.best_metric) or 0.0
-    if run.metrics.get("step") == run.step and now == run.best:
-        save_checkpoint(output / "best.pt", content)
-    if run.eval_model is not run.model:
-        content["trained"] = run.model.state_dict()
-    content["unreported"] = [losses for losses, _ in run.unreported]
-    save_checkpoint(output / "last.pt", content)

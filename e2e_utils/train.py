@@ -33,7 +33,7 @@ from .data import CocoTiles, eval_loader
 from .evaluate import coco_metrics, detect
 from .files import write_file
 from .optim import update_ema
-from .run import Run, gather, save_run, set_up
+from .run import Run, gather
 
 REPORT_STEPS = 20  # losses are averaged over so many steps
 STOP_STEPS = 10  # several processes agree this often on whether to stop
@@ -170,7 +170,7 @@ def fit(
             kind; there is no such device.
         FloatingPointError: the loss is not finite; names the tiles of that step.
     """
-    run = set_up(config)
+    run = Run(config)
     log = _Log(run, report)
     model = run.model.train()
     if run.world_size > 1:
@@ -240,7 +240,7 @@ def _evaluate(run: Run) -> dict:
 def _save(run: Run, save: Callable[[int], None] | None) -> None:
     check_finite(run)  # never save what cannot go on
     if not run.rank:
-        save_run(run)
+        run.save()
     if save:
         if run.world_size > 1:
             dist.barrier()  # nobody hears of it before last.pt is there
