@@ -18,7 +18,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,11 +205,11 @@ def _remote_stamps(url: Url, store: ObjectStore) -> Stamps:
 
 def _tars(files: Stamps, size: float) -> Objects:
     """Group files, in order, into tars of about `size` bytes."""
-    tars: dict[float, Stamps] = defaultdict(dict)
+    tars: dict[float, Stamps] = {}
     end = 0.0
     for name, stamp in files.items():
         end += stamp[0]
-        tars[end // size][name] = stamp
+        tars.setdefault(end // size, {})[name] = stamp
     return {
         f"{TARS}{sha256(json.dumps(tar).encode()).hexdigest()}.tar": tar
         for tar in tars.values()
