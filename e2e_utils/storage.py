@@ -68,8 +68,8 @@ class TransferReport:
 def open_store(url: Url, **options: Any) -> ObjectStore:
     """Open the folder or bucket that a URL names.
 
-    Requests are sent again after a 5xx, a timeout or a lost connection, and a download
-    that breaks off is resumed, five times each.
+    obstore sends requests again after a 5xx, a timeout or a lost connection, and
+    resumes downloads that break off, up to five times an object.
 
     Args:
         url: see the module; or a store of obstore, which is returned as it is.
@@ -154,8 +154,11 @@ def sync(url: Url, local_dir: str | Path, *, workers: int = 16) -> TransferRepor
 
     A file is there already if it has the size and the time that `sync` gave it: those
     of the object, or, out of a tar, those of the file that was packed. Any other is
-    overwritten. Files appear whole or not at all. Nothing is deleted. Where tars were
-    uploaded, they alone count.
+    overwritten. S3 tells times in whole seconds: of two objects of the same size that
+    were written in one second, the first may be taken for the second.
+
+    Files appear whole or not at all. Nothing is deleted. Where tars were uploaded, they
+    alone count.
 
     Args:
         url: where from, see the module.
@@ -204,12 +207,12 @@ def _remote_stamps(url: Url, store: ObjectStore) -> Stamps:
 
 
 def _tars(files: Stamps, size: float) -> Objects:
-    """Group files, in order, into tars of about `size` bytes."""
+    """Group files, in order, into tars of about `size` bytes, named by their files."""
     tars: dict[float, Stamps] = {}
     end = 0.0
     for name, stamp in files.items():
         end += stamp[0]
-        tars.setdefault(end // size, {})[name] = stamp
+        tars.setdefault(end // max(size, 1), {})[name] = stamp
     return {
         f"{TARS}{sha256(json.dumps(tar).encode()).hexdigest()}.tar": tar
         for tar in tars.values()
