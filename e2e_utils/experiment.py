@@ -2,7 +2,7 @@
 
 Determined and Ray read the same files by it.
 
-Copy: this file, config.py, hardware.py and storage.py.
+Copy: this file, config.py, hardware.py, storage.py and files.py.
 
 Hyperparameters are the fields of `TrainConfig` that say how to train (model, settings,
 optimizer, lr, seed, ...) under their own names, and these:
