@@ -84,6 +84,17 @@ def _apron(scene, apron, split, v1):
                 vehicles.cargo_plane(rng), u, v, angle, vehicles.CARGO_PLANE, 2, 2
             )
     scene.lines(leads, YELLOW, 0.7)
+    _small_planes(scene, apron, split)
+    _hangars(scene, (u0, v1 - 30, u1), split)
+    for _ in range(16):
+        u, v = rng.uniform(u0, split), bottom - rng.uniform(4, 10)
+        if scene.visible(u, v):
+            scene.car(u, v, 0.0)
+
+
+def _small_planes(scene, apron, split):
+    rng = scene.rng
+    _, top, u1, bottom = apron
     for v in np.arange(top + 26, bottom - 16, 44):
         for u in np.arange(split + 26, u1 - 14, 46):
             if scene.visible(u, v) and rng.random() < 0.7:
@@ -97,19 +108,20 @@ def _apron(scene, apron, split, v1):
                     2,
                     2,
                 )
+
+
+def _hangars(scene, row, split):
+    rng = scene.rng
+    u0, v, u1 = row
     u = u0 + 10
     while u < u1 - 70:
         wide = rng.uniform(60, 100)
         kind = buildings.flat_roof if u < split else buildings.warehouse
         sprite = kind(rng, scene.canvas, scene.theta, wide, 40)
-        scene.put(sprite, u + wide / 2, v1 - 30, 0, buildings.BUILDING, 3)
+        scene.put(sprite, u + wide / 2, v, 0, buildings.BUILDING, 3)
         for k in range(3):
-            scene.car(u + wide + 8 + 10 * k, v1 - 20, math.pi / 2)
+            scene.car(u + wide + 8 + 10 * k, v + 10, math.pi / 2)
         u += wide + rng.uniform(40, 60)
-    for _ in range(16):
-        u, v = rng.uniform(u0, split), bottom - rng.uniform(4, 10)
-        if scene.visible(u, v):
-            scene.car(u, v, 0.0)
 
 
 def coast(scene, rect):
@@ -182,7 +194,6 @@ def _water(scene, polygon):
 
 
 def _moor(scene, rect, edge, piers, floats, start):
-    rng = scene.rng
     u0, _, u1, v1 = rect
     for r in piers:
         length, width = r[3] - r[1], r[2] - r[0]
@@ -195,26 +206,45 @@ def _moor(scene, rect, edge, piers, floats, start):
             [(box(r[3] - r[1], 4), (0.66, 0.63, 0.57))], [box(r[3] - r[1], 4)], 1
         )
         scene.put(sprite, (r[0] + r[2]) / 2, (r[1] + r[3]) / 2, math.pi / 2, None, 0, 0)
-        for v in np.arange(r[1] + 8, r[3] - 4, 13):
-            for side in (-1, 1):
-                if rng.random() < 0.62:
-                    boat = vehicles.motorboat(rng)
-                    half = float(boat.outline[0][:, 0].max())
-                    u = (r[0] + r[2]) / 2 + side * (half + 4)
-                    angle = rng.normal(0 if side > 0 else math.pi, 0.05)
-                    scene.put(boat, u, v, angle, vehicles.MOTORBOAT, 1, 0.5)
+        _boats(scene, r)
     for r in piers:
         for side in (-1, 1):
-            v = r[1] + 14
-            while v < r[3] + 10:
-                sprite = vehicles.vessel(rng)
-                long = sprite.outline[0][:, 0].max() * 2
-                wide = sprite.outline[0][:, 1].max() * 2
-                u = (r[0] if side < 0 else r[2]) + side * (wide / 2 + 3)
-                if rng.random() < 0.85:
-                    angle = rng.choice([-1, 1]) * math.pi / 2 + rng.normal(0, 0.01)
-                    scene.put(sprite, u, v + long / 2, angle, vehicles.VESSEL, 1, 0.5)
-                v += long + 10
+            _vessels(scene, r, side)
+    _on_the_quay(scene, (u0, edge), start)
+    _at_sea(scene, (u0, edge + 235, u1, v1))
+
+
+def _boats(scene, r):
+    """Motorboats on both sides of a float."""
+    rng = scene.rng
+    for v in np.arange(r[1] + 8, r[3] - 4, 13):
+        for side in (-1, 1):
+            if rng.random() < 0.62:
+                boat = vehicles.motorboat(rng)
+                half = float(boat.outline[0][:, 0].max())
+                u = (r[0] + r[2]) / 2 + side * (half + 4)
+                angle = rng.normal(0 if side > 0 else math.pi, 0.05)
+                scene.put(boat, u, v, angle, vehicles.MOTORBOAT, 1, 0.5)
+
+
+def _vessels(scene, r, side):
+    """Vessels along one side of a pier."""
+    rng = scene.rng
+    v = r[1] + 14
+    while v < r[3] + 10:
+        sprite = vehicles.vessel(rng)
+        long = sprite.outline[0][:, 0].max() * 2
+        wide = sprite.outline[0][:, 1].max() * 2
+        u = (r[0] if side < 0 else r[2]) + side * (wide / 2 + 3)
+        if rng.random() < 0.85:
+            angle = rng.choice([-1, 1]) * math.pi / 2 + rng.normal(0, 0.01)
+            scene.put(sprite, u, v + long / 2, angle, vehicles.VESSEL, 1, 0.5)
+        v += long + 10
+
+
+def _on_the_quay(scene, corner, start):
+    rng = scene.rng
+    u0, edge = corner
     for _ in range(60):
         u, v = rng.uniform(u0 + 20, start), edge - rng.uniform(8, 50)
         if scene.visible(u, v):
@@ -224,8 +254,13 @@ def _moor(scene, rect, edge, piers, floats, start):
                 scene.put(vehicles.box_truck(rng), u, v, 0, vehicles.BOX_TRUCK, 1, 2)
             else:
                 scene.car(u, v, 0.0)
+
+
+def _at_sea(scene, rect):
+    rng = scene.rng
+    u0, v0, u1, v1 = rect
     for _ in range(int(rng.integers(10, 16))):
-        u, v = rng.uniform(u0, u1), rng.uniform(edge + 235, v1)
+        u, v = rng.uniform(u0, u1), rng.uniform(v0, v1)
         angle = rng.uniform(0, 2 * math.pi)
         if not scene.visible(u, v, -30):
             continue

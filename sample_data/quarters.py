@@ -334,23 +334,27 @@ def boxes(scene, rect):
 
     def stand():
         for u, v in spots:
-            if not scene.visible(u, v) or rng.random() < 0.3:
-                continue
-            angle = math.pi / 2 + rng.normal(0, 0.008)
-            if rng.random() < 0.7:
-                scene.put(
-                    vehicles.container(rng, 40.6), u, v, angle, vehicles.CONTAINER, 2
-                )
-            else:
-                for side in (-10.8, 10.8):
-                    sprite = vehicles.container(rng, 20.3)
-                    scene.put(sprite, u, v + side, angle, vehicles.CONTAINER, 2, 0.5)
+            if scene.visible(u, v) and rng.random() >= 0.3:
+                _stack(scene, u, v)
         for _ in range(6):
             u, v = rng.uniform(u0 + 40, u1 - 40), v0 + 66 + 70 * int(rng.integers(0, 4))
             if v < v1 - 12 and scene.visible(u, v):
                 scene.put(vehicles.box_truck(rng), u, v, 0, vehicles.BOX_TRUCK, 1, 2)
 
     scene.later.append(stand)
+
+
+def _stack(scene, u, v):
+    """One long container, or two short ones."""
+    rng = scene.rng
+    angle = math.pi / 2 + rng.normal(0, 0.008)
+    if rng.random() < 0.7:
+        sprite = vehicles.container(rng, 40.6)
+        scene.put(sprite, u, v, angle, vehicles.CONTAINER, 2)
+        return
+    for side in (-10.8, 10.8):
+        sprite = vehicles.container(rng, 20.3)
+        scene.put(sprite, u, v + side, angle, vehicles.CONTAINER, 2, 0.5)
 
 
 def fields(scene, rect):
