@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -107,6 +108,7 @@ def epoch_length(
     return sum(math.ceil(count / batch_size) * batch_size for count in counts)
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler):
     """Batches of (index, augmentation seed) for a whole run, from any step on.
 
@@ -127,23 +129,20 @@ class StepSampler(Sampler):
             group is filled up with tiles of that group, so none is ever left out.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        steps: int,
-        start: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        repeats: list[float] | None = None,
-        groups: list[int] | None = None,
-    ) -> None:
-        self.length, self.batch_size, self.steps = length, batch_size, steps
-        self.start, self.seed = start, seed
-        self.rank, self.world_size = rank, world_size
-        self.repeats, self.groups = repeats, groups
-        self.epoch_length = epoch_length(length, batch_size, repeats, groups)
+    length: int
+    batch_size: int
+    steps: int
+    start: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    repeats: list[float] | None = None
+    groups: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.epoch_length = epoch_length(
+            self.length, self.batch_size, self.repeats, self.groups
+        )
 
     def __len__(self) -> int:
         return self.steps - self.start
