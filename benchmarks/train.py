@@ -234,7 +234,7 @@ def losses_agree(arguments, tiles, steps: int) -> bool:
     return ours[0] < 0.005 and max(ours) <= 3 * max(noise)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1 timed step a side")
     parser.add_argument("--json", metavar="FILE", help="write the claims as JSON")
@@ -244,56 +244,73 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="tiles a step; 8 with a GPU")
     arguments = parser.parse_args()
     arguments.device = find_device(arguments.device)
-    cuda = arguments.device.type == "cuda"
+    arguments.cuda = cuda = arguments.device.type == "cuda"
     arguments.clock = time.perf_counter if cuda else time.process_time
     if arguments.workers is None:
         arguments.workers = 8 if cuda else 0
     arguments.batch_size = arguments.batch_size or (8 if cuda else 2)
     arguments.epoch = engine_epoch(arguments.vision) if arguments.vision else None
     arguments.epoch = arguments.epoch or recipe_epoch
-    if not cuda:
-        torch.set_num_threads(1)
-    machine = f"{os.cpu_count()} x {platform.machine()}, one thread"
-    if cuda:
+    return arguments
+
+
+def measure(arguments, tiles: CocoTiles) -> dict[str, Side]:
+    """All sides in turns; the first turn is not counted."""
+    sides = {
+        name: Side(name, size, arguments, tiles)
+        for name, size in (
+            ("ours, 300 px", SIZE),
+            ("recipe, 300 px", SIZE),
+            ("recipe, 800 px", RECIPE_SIZE),
+        )
+    }
+    block = 20 if arguments.cuda else 1
+    rounds = 3 if arguments.cuda else 1 if arguments.quick else 5
+    for turn, side in itertools.product(range(rounds + 1), sides.values()):
+        side.run(block)
+        if turn == 0:  # allocations and the choice of kernels
+            side.costs.clear()
+            side.waited = 0.0
+    unit = "images/s" if arguments.cuda else "images/CPU-s"
+    print(f"\n{'side':<16}{unit:>14}{'s/step':>9}{'loading':>9}")
+    for name, side in sides.items():
+        cost = statistics.median(side.costs)
+        loading = side.waited / (sum(side.costs) * block)
+        rate = arguments.batch_size / cost
+        print(f"{name:<16}{rate:>14.3f}{cost:>9.3f}{loading:>9.1%}")
+    return sides
+
+
+def print_claims(claims: list[dict], target: int) -> None:
+    print(f"\n{'claim':<58}{'ours':>8}{'peer':>8}{'ratio':>7}  equal  >= {target}x")
+    for row in claims:
+        numbers = f"{row['ours']:>8.2f}{row['peer']:>8.2f}{row['ratio']:>7.2f}"
+        agree = "yes" if row["equal"] else "no"
+        met = "met" if row["ratio"] >= target else "missed"
+        print(f"{row['claim']:<58}{numbers}  {agree:<5}  {met}")
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.cuda:
         machine = torch.cuda.get_device_name()
+    else:
+        torch.set_num_threads(1)
+        machine = f"{os.cpu_count()} x {platform.machine()}, one thread"
     machine += f", torch {torch.__version__.partition('+')[0]}"
     recipe = "engine of --vision" if arguments.vision else "recipe, written plainly"
     print(f"{MODEL} on {machine}; peer: {recipe}")
-
     with tempfile.TemporaryDirectory() as folder:
         files = build_tiles(Path(folder), 2 if arguments.quick else 6)
         tiles = CocoTiles(*files)
         print(f"{len(tiles)} tiles of {SIZE} px")
         equal = losses_agree(arguments, tiles, 3 if arguments.quick else 5)
-        sides = {
-            name: Side(name, size, arguments, tiles)
-            for name, size in (
-                ("ours, 300 px", SIZE),
-                ("recipe, 300 px", SIZE),
-                ("recipe, 800 px", RECIPE_SIZE),
-            )
-        }
-        block = 20 if cuda else 1
-        rounds = 3 if cuda else 1 if arguments.quick else 5
-        for turn, side in itertools.product(range(rounds + 1), sides.values()):
-            side.run(block)
-            if turn == 0:  # allocations and the choice of kernels
-                side.costs.clear()
-                side.waited = 0.0
-
-    unit = "images/s" if cuda else "images/CPU-s"
-    print(f"\n{'side':<16}{unit:>14}{'s/step':>9}{'loading':>9}")
-    for name, side in sides.items():
-        cost = statistics.median(side.costs)
-        loading = side.waited / (sum(side.costs) * block)
-        print(
-            f"{name:<16}{arguments.batch_size / cost:>14.3f}{cost:>9.3f}{loading:>9.1%}"
-        )
+        sides = measure(arguments, tiles)
     ours = sides["ours, 300 px"].images_per_second()
     claims = [
         {
             "claim": claim,
-            "unit": unit,
+            "unit": "images/s" if arguments.cuda else "images/CPU-s",
             "ours": round(ours, 4),
             "peer": round(sides[peer].images_per_second(), 4),
             "ratio": round(ours / sides[peer].images_per_second(), 3),
@@ -306,14 +323,9 @@ def main() -> None:
             (f"{MODEL}: recipe as it is, 800 px", "recipe, 800 px", False),
         )
     ]
-    target = 3 if cuda else 2
-    print(f"\n{'claim':<58}{'ours':>8}{'peer':>8}{'ratio':>7}  equal  >= {target}x")
-    for row in claims:
-        numbers = f"{row['ours']:>8.2f}{row['peer']:>8.2f}{row['ratio']:>7.2f}"
-        agree = "yes" if row["equal"] else "no"
-        met = "met" if row["ratio"] >= target else "missed"
-        print(f"{row['claim']:<58}{numbers}  {agree:<5}  {met}")
-    if claims[0]["ratio"] < target and not cuda:
+    target = 3 if arguments.cuda else 2
+    print_claims(claims, target)
+    if claims[0]["ratio"] < target and not arguments.cuda:
         print(
             "At equal size both sides spend their time in the same float32 "
             "convolutions, and loading\nis next to nothing of it: what a loop adds "
