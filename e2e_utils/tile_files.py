@@ -1,6 +1,6 @@
-"""The tiles of a scene as JPEG files: all of them or none, never cut twice.
+"""The tiles of scenes as JPEG files: all of a scene's or none, and none cut twice.
 
-Copy: this file, scenes.py and files.py.
+Copy: this file, coco.py, scenes.py and files.py.
 
 A record, a JSON file for each scene, names the tiles before they appear and gets a key
 once they are there. So a run that was killed leaves no tile that the next one does not
@@ -10,11 +10,14 @@ know of, and tiles of other settings or of a scene that has changed are replaced
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import cv2
+from tqdm.contrib.concurrent import thread_map
 
+from .coco import Image
 from .files import write_file
 from .scenes import read_rgb
 
@@ -22,42 +25,74 @@ QUALITY = 75  # of a JPEG; with 4:2:0 it gives the bytes of Pillow's save
 
 
 def write_tiles(
-    path: Path,
-    size_hw: tuple[int, int],
-    tiles: dict[str, list[int]],
+    image_dir: Path,
     tile_dir: Path,
-    record: Path,
-) -> bool:
-    """Cut a scene into JPEG files, all of them or none.
+    records: Path,
+    jobs: dict[str, tuple[Image, dict[str, list[int]]]],
+    *,
+    workers: int | None = None,
+    title: str | None = None,
+) -> tuple[int, dict[str, str]]:
+    """Cut scenes into JPEG files.
 
     Args:
-        path: scene, see `read_rgb`.
-        size_hw: height and width that the scene must have, pixels.
-        tiles: file name to x1, y1, x2, y2 in scene pixels.
-        tile_dir: folder of the tiles, there already.
-        record: JSON file, on the same file system as `tile_dir`, one a scene.
+        image_dir: folder of the scenes, see `read_rgb`.
+        tile_dir: folder of the tiles, made if it is not there.
+        records: folder of the records, on the same file system. Tiles of records that
+            belong to none of the jobs are removed.
+        jobs: by the name of its record, a scene as the COCO file lists it and its
+            tiles: file name to x1, y1, x2, y2 in scene pixels.
+        workers: threads, each holding one scene; the number of cores if left out.
+        title: of the progress bar; without one there is none.
 
     Returns:
-        False if the tiles were there already, of the same scene and settings.
+        How many scenes had their tiles already, and what is wrong with those that are
+        missing, unreadable or of another size: {file name: error}; they have no tiles.
 
     Raises:
-        FileNotFoundError, ValueError: the scene is missing, unreadable or of another
-            size; nothing was written.
         OSError: the disk is full or not writable.
     """
+    tile_dir.mkdir(parents=True, exist_ok=True)
+    records.mkdir(exist_ok=True)
+    for half_cut in records.glob("cut.*"):
+        shutil.rmtree(half_cut)
+    for record in records.glob("*.json"):
+        if record.stem not in jobs:
+            _forget(tile_dir, record)
+    failed = {}
+
+    def cut(name: str) -> bool:
+        image, tiles = jobs[name]
+        record = records / f"{name}.json"
+        try:
+            return _cut(image_dir / image.file_name, image, tiles, tile_dir, record)
+        except (ValueError, FileNotFoundError) as error:
+            failed[image.file_name] = str(error)
+            _forget(tile_dir, record)
+            return True
+
+    bar = {"desc": title, "disable": title is None}
+    new = thread_map(cut, jobs, max_workers=workers or os.cpu_count(), **bar)
+    return new.count(False), failed
+
+
+def _cut(
+    path: Path, image: Image, tiles: dict[str, list[int]], tile_dir: Path, record: Path
+) -> bool:
+    """Cut one scene; False if its tiles are there, of the same scene and settings."""
     stat = path.stat()
     what = [path.name, stat.st_size, stat.st_mtime_ns, QUALITY, *tiles]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     old = json.loads(record.read_bytes()) if record.exists() else {"names": []}
     if old.get("key") == key and old["bytes"] == _size(tile_dir, tiles):
         return False
-    pixels = read_rgb(path)
-    if pixels.shape[:2] != size_hw:
+    pixels, bgr = read_rgb(path), None
+    height, width = pixels.shape[:2]
+    if (height, width) != (image.height, image.width):
         raise ValueError(
-            f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but the COCO file "
-            f"says {size_hw[1]} x {size_hw[0]}"
+            f"{path}: {width} x {height} pixels, but the COCO file says "
+            f"{image.width} x {image.height}"
         )
-    bgr = None
     with tempfile.TemporaryDirectory(prefix="cut.", dir=record.parent) as temporary:
         for name, (x1, y1, x2, y2) in tiles.items():
             bgr = cv2.cvtColor(pixels[y1:y2, x1:x2], cv2.COLOR_RGB2BGR, dst=bgr)
@@ -81,7 +116,7 @@ def _size(folder: Path, names: dict) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def forget_tiles(tile_dir: Path, record: Path) -> None:
+def _forget(tile_dir: Path, record: Path) -> None:
     """Remove the tiles that a record names, then the record."""
     if record.exists():
         for name in json.loads(record.read_bytes())["names"]:

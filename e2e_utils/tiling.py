@@ -12,24 +12,20 @@ Copy: this file, grid.py, coco.py, tile_files.py, scenes.py and files.py.
         --output_train_dir tiles --output_val_dir tiles
 """
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec.structs import astuple
-from tqdm.contrib.concurrent import thread_map
 
 from .coco import Coco, Image, read_coco, to_annotations, write_coco
 from .files import write_file
 from .grid import check_grid, clip_to_tiles, tile_grid
 from .scenes import FailedScenes
-from .tile_files import forget_tiles, write_tiles
+from .tile_files import write_tiles
 
 
 @dataclass
@@ -88,6 +84,7 @@ def _usable_boxes(
     """Index of the scene (ascending), category and xyxy; others are counted."""
     rows = coco.annotations
     position = {image.id: i for i, image in enumerate(coco.images)}
+    known = [row.id for row in coco.categories]
     scene = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
     category = np.array([row.category_id for row in rows], np.int64)
     numbers = chain.from_iterable(astuple(row.bbox) for row in rows)
@@ -99,10 +96,7 @@ def _usable_boxes(
     usable = np.ones(len(rows), bool)
     for reason, bad in (
         ("image not listed", scene < 0),
-        (
-            "category not listed",
-            ~np.isin(category, [row.id for row in coco.categories]),
-        ),
+        ("category not listed", ~np.isin(category, known)),
         ("zero area", area == 0),
         ("area below 1 pixel", ~(area >= 1)),
     ):
@@ -150,38 +144,6 @@ def _choose_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
     for i in np.random.default_rng(seed).choice(len(empty), wanted, replace=False):
         scene, tile = empty[i]
         scene.keep[tile] = True
-
-
-def _write_all(
-    scenes: list[_Scene],
-    image_dir: Path,
-    report: TilingReport,
-    every: bool,
-    **options: Any,
-) -> None:
-    """Write the tiles of all scenes; count those that were there, name what failed."""
-    state = report.coco_json.with_name(f".{report.coco_json.stem}")
-    report.image_dir.mkdir(parents=True, exist_ok=True)
-    state.mkdir(exist_ok=True)
-    for half_cut in state.glob("cut.*"):
-        shutil.rmtree(half_cut)
-    records = {state / f"{scene.prefix}.json" for scene in scenes}
-    for record in set(state.glob("*.json")) - records:
-        forget_tiles(report.image_dir, record)
-
-    def cut(scene: _Scene) -> bool:
-        image, record = scene.image, state / f"{scene.prefix}.json"
-        path, size_hw = image_dir / image.file_name, (image.height, image.width)
-        try:
-            return write_tiles(
-                path, size_hw, scene.tiles(every), report.image_dir, record
-            )
-        except (ValueError, FileNotFoundError) as error:
-            report.failed[image.file_name] = str(error)
-            forget_tiles(report.image_dir, record)
-            return True
-
-    report.resumed = thread_map(cut, scenes, **options).count(False)
 
 
 def _save(
@@ -286,9 +248,14 @@ def slice_coco(
     else:
         for scene in scenes:
             scene.keep[:] = True
-    bar = {"desc": f"{split} scenes", "disable": not progress}
-    threads, images = workers or os.cpu_count(), Path(image_dir)
-    _write_all(scenes, images, report, write_all_tiles, max_workers=threads, **bar)
+    report.resumed, report.failed = write_tiles(
+        Path(image_dir),
+        report.image_dir,
+        out / f".{split}_{tag}",
+        {scene.prefix: (scene.image, scene.tiles(write_all_tiles)) for scene in scenes},
+        workers=workers,
+        title=f"{split} scenes" if progress else None,
+    )
     scenes = [s for s in scenes if s.image.file_name not in report.failed]
     settings = {
         "slice_size": slice_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -67,7 +67,7 @@ def read_labels(
         ValueError: it is no FeatureCollection, or a feature lacks a property or has one
             of another type; the message names file, feature and field.
     """
-    kind = _Collection[_WithCatId] if cat_ids else _Collection[_Properties]
+    kind: Any = _Collection[_WithCatId] if cat_ids else _Collection[_Properties]
     try:
         with open(path, "rb") as file:
             text = mmap(file.fileno(), 0, access=ACCESS_READ)
