@@ -28,7 +28,7 @@ from tqdm.contrib.concurrent import thread_map
 from .classes import read_classes
 from .coco import Category, Coco, Image, to_annotations, write_coco
 from .files import write_file
-from .scenes import PNG_END, FailedScenes, read_bands, read_rgb
+from .scenes import FailedScenes, read_bands, read_rgb
 from .xview_labels import Labels, read_labels, split_scenes
 
 
@@ -59,13 +59,11 @@ def _is_copy(png: Path, tif: Path) -> bool:
     """Whether a PNG is there, whole, of its scene's size and not older than it."""
     if not png.exists() or png.stat().st_mtime < tif.stat().st_mtime:
         return False
-    with open(png, "rb") as file:
-        head = file.read(24)
-        file.seek(-min(len(head), len(PNG_END)), os.SEEK_END)
-        tail = file.read()
-    height, width = read_bands(tif, header_only=True)
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    return head[16:] == size and tail == PNG_END
+    size = read_bands(tif, header_only=True)
+    try:
+        return size == read_bands(png, header_only=True)
+    except ValueError:
+        return False
 
 
 def _read_scaled(tif: Path, percentile: float | None) -> np.ndarray:

@@ -38,18 +38,22 @@ def _read_tiff(path: Path, header_only: bool = False) -> Any:
     return np.ascontiguousarray(np.moveaxis(bands, 0, -1)) if bands_first else bands
 
 
-def _read_other(path: Path, magic: bytes) -> np.ndarray:
+def _read_other(path: Path, head: bytes, header_only: bool = False) -> Any:
+    png = head.startswith(PNG_MAGIC)
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         tail = file.read()
-    if magic.startswith(PNG_MAGIC):
-        whole, flags = tail.endswith(PNG_END), cv2.IMREAD_UNCHANGED
-    else:
-        # cv2 fills what a truncated JPEG lacks with grey, so look for its end marker
-        whole, flags = b"\xff\xd9" in tail, cv2.IMREAD_COLOR
-    bgr = cv2.imread(str(path), flags) if whole else None
+    # cv2 fills what a truncated JPEG lacks with grey, so look for its end marker
+    if not (tail.endswith(PNG_END) if png else b"\xff\xd9" in tail):
+        raise ValueError("truncated or corrupt")
+    if png and header_only:
+        return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
+    flags = cv2.IMREAD_UNCHANGED if png else cv2.IMREAD_COLOR
+    bgr = cv2.imread(str(path), flags)
     if bgr is None:
         raise ValueError("truncated or corrupt")
+    if header_only:
+        return bgr.shape[:2]
     if bgr.ndim == 3:
         code = cv2.COLOR_BGR2RGB if bgr.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
         cv2.cvtColor(bgr, code, dst=bgr)
@@ -62,7 +66,8 @@ def read_bands(path: str | Path, header_only: bool = False) -> Any:
     Args:
         path: image file. Uncompressed contiguous TIFFs are mapped, not read: only the
             pixels that are touched come from the disk.
-        header_only: return only (height, width), from the header.
+        header_only: return only (height, width); a JPEG is decoded for it, the others
+            are not.
 
     Returns:
         (H, W) or (H, W, bands) of the stored dtype, perhaps read-only; or (height,
@@ -80,11 +85,7 @@ def read_bands(path: str | Path, header_only: bool = False) -> Any:
             return _read_tiff(path, header_only)
         if not magic.startswith((PNG_MAGIC, b"\xff\xd8\xff")):
             raise ValueError("it is no TIFF, PNG or JPEG")
-        if header_only and magic.startswith(PNG_MAGIC):
-            width, height = (int.from_bytes(magic[i : i + 4], "big") for i in (16, 20))
-            return height, width
-        image = _read_other(path, magic)
-        return image.shape[:2] if header_only else image
+        return _read_other(path, magic, header_only)
     except Exception as error:  # decoders raise many kinds; all mean an unreadable file
         raise ValueError(f"{path}: cannot be read as a scene: {error}") from error
 
