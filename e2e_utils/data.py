@@ -67,9 +67,9 @@ class CocoTiles(Dataset):
         if cache not in (False, True, "off", "memory", "disk"):
             raise ValueError(f"cache must be 'off', 'memory' or 'disk', got {cache!r}")
         coco = read_coco(self.json_path)
-        coco.categories.sort(key=lambda category: category.id)
-        self.category_ids = [category.id for category in coco.categories]
-        self.class_names = ["background", *(c.name for c in coco.categories)]
+        categories = sorted(coco.categories, key=lambda category: category.id)
+        self.category_ids = [category.id for category in categories]
+        self.class_names = ["background", *(category.name for category in categories)]
         self._targets = self._make_targets(coco)
         self.coco = coco.to_dict()
         self.images = self.coco["images"]
@@ -87,13 +87,13 @@ class CocoTiles(Dataset):
         rows: dict[int, list] = {image.id: [] for image in coco.images}
         for row in coco.annotations:
             x, y, w, h = astuple(row.bbox)
-            box = x, y, x + w, y + h, label_of[row.category_id]
-            rows[row.image_id].append(box)
-        tables = [
-            torch.tensor(boxes, dtype=torch.float64).reshape(-1, 5)
-            for boxes in rows.values()
-        ]
-        return [(table[:, :4].float(), table[:, 4].long()) for table in tables]
+            label = label_of[row.category_id]
+            rows[row.image_id].append((x, y, x + w, y + h, label))
+        targets = []
+        for boxes in rows.values():
+            table = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 5)
+            targets.append((table[:, :4].float(), table[:, 4].long()))
+        return targets
 
     def __len__(self) -> int:
         return len(self.images)

@@ -23,7 +23,7 @@ from msgspec.structs import astuple
 
 from .coco import Coco, Image, read_coco, to_annotations, write_coco
 from .files import write_file
-from .grid import check_grid, clip_to_tiles, tile_grid
+from .grid import clip_to_tiles, tile_grid
 from .scenes import FailedScenes
 from .tile_files import write_tiles
 
@@ -227,7 +227,6 @@ def slice_coco(
         ValueError: an argument is out of range, or `coco_json` is not COCO.
         OSError: the disk is full or not writable.
     """
-    check_grid(slice_size, overlap_ratio)
     if not 0 <= min_area_ratio <= 1:
         raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
     if not 0 <= negative_ratio < np.inf:

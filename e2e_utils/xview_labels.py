@@ -144,10 +144,8 @@ def split_scenes(
     position = np.searchsorted(labelled, labels.scene[kept])
     np.add.at(counts, (position, labels.category[kept]), 1)
     train = _choose_groups(groups, counts, rate, seed)
-    splits: dict[str, list[int]] = {"train": [], "val": []}
-    for i, chosen in zip(labelled, train.tolist(), strict=True):
-        splits["train" if chosen else "val"].append(i)
-    return splits
+    scenes = np.array(labelled)
+    return {"train": scenes[train].tolist(), "val": scenes[~train].tolist()}
 
 
 def _choose_groups(
