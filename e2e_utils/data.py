@@ -36,7 +36,7 @@ class CocoTiles(Dataset):
         json_path: COCO file: images, annotations (bbox in pixels, xywh), categories.
         augment: a transform of torchvision.transforms.v2, or None.
         cache: decode each tile once, 270 kB at 300 px. "memory" (or True) keeps them
-            in each process that loads; "disk" writes them into one file beside
+            in each process that loads; "disk" writes them into one file next to
             json_path when the data set is made, which all processes share, and makes
             it anew when a tile has changed. "off" (or False) decodes every time.
 
@@ -103,7 +103,7 @@ class CocoTiles(Dataset):
         return self._targets[index][1]
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a tile as the COCO file tells them, in pixels."""
+        """(height, width) of a tile as the COCO file says, in pixels."""
         image = self.images[index]
         return image["height"], image["width"]
 

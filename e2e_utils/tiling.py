@@ -194,7 +194,7 @@ def slice_coco(
 
     Writes into `output_dir`, for split "train", size 300 and overlap 0.2:
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
-    `train_images_300_02/{scene}_{place in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
+    `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
     `train_300_02_manifest.json` (`settings`; `scenes` with file_name, height, width;
     `tiles` with file_name, scene and xyxy in scene pixels). Boxes are cut, polygons of
     the input are not read. The hidden folder `.train_300_02` remembers which scenes are

@@ -72,9 +72,9 @@ def test_a_read_file_is_its_content_in_plain_dicts(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content()))
     coco = read_coco(path).to_dict()
-    for row, told in zip(coco["annotations"], content()["annotations"], strict=True):
-        assert {**row, **told} == row and row["iscrowd"] == 0
-        assert type(row["bbox"]) is list and ("area" in row) == ("area" in told)
+    for row, given in zip(coco["annotations"], content()["annotations"], strict=True):
+        assert {**row, **given} == row and row["iscrowd"] == 0
+        assert type(row["bbox"]) is list and ("area" in row) == ("area" in given)
     assert (coco["images"], coco["categories"]) == (
         content()["images"],
         content()["categories"],

@@ -221,18 +221,20 @@ def test_rgb_copies_are_named_in_the_files_if_given(tmp_path):
     assert val["images"] == [{**size, "id": 1, "file_name": "2.png"}]
 
 
-def test_grouped_split_keeps_places_together_and_balances_classes(tmp_path):
+def test_grouped_split_keeps_passes_together_and_balances_classes(tmp_path):
     rng = random.Random(0)
     features = []
     for number in range(1, 61):
-        place = f"catalog {number % 20}"
+        of_pass = f"catalog {number % 20}"
         for _ in range(rng.randint(1, 30)):
             type_id = rng.choices([18, 73, 11], [8, 4, 1])[0]
-            features.append(feature(f"{number}.tif", "1,2,3,4", type_id, place))
+            features.append(feature(f"{number}.tif", "1,2,3,4", type_id, of_pass))
     report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
-    place = {f["properties"]["image_id"]: f["properties"]["cat_id"] for f in features}
-    places = [{place[i["file_name"]] for i in part["images"]} for part in (train, val)]
-    assert places[0].isdisjoint(places[1])
+    of_pass = {f["properties"]["image_id"]: f["properties"]["cat_id"] for f in features}
+    passes = [
+        {of_pass[i["file_name"]] for i in part["images"]} for part in (train, val)
+    ]
+    assert passes[0].isdisjoint(passes[1])
     assert abs(report.images["train"] / 60 - 0.75) <= 0.1
     for category in (read_classes()[t][0] for t in (18, 73, 11)):
         n = [
