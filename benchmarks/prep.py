@@ -118,7 +118,7 @@ def build_scenes(folder: Path, scenes: int) -> None:
 # The sides. Each imports, then works, and its work alone is timed.
 
 
-def convert_original(data: Path, out: Path):
+def convert_original(data: Path, out: Path, rate: float = 0.75):
     from PIL import Image
     from sahi.utils.coco import Coco, CocoAnnotation, CocoCategory, CocoImage
     from sahi.utils.file import load_json, save_json
@@ -158,7 +158,7 @@ def convert_original(data: Path, out: Path):
                     image.add_annotation(annotation)
             coco.add_image(image)
         random.seed(0)
-        halves = coco.split_coco_as_train_val(train_split_rate=0.75)
+        halves = coco.split_coco_as_train_val(train_split_rate=rate)
         for split in ("train", "val"):
             save_json(halves[f"{split}_coco"].json, str(out / f"{split}.json"))
 

@@ -25,6 +25,7 @@ extras=(
     "faster_coco_eval=faster-coco-eval==1.8.0"
     "cv2=opencv-python-headless==4.10.0.84"
     "tqdm=tqdm==4.70.1"
+    "msgspec=msgspec==0.22.0"
     "obstore=obstore==0.12.1"
 )
 mapfile -t missing < <("$python" - "${extras[@]}" <<'PYTHON'

@@ -13,7 +13,7 @@ def read_classes(
 ) -> dict[int, tuple[int, str]]:
     """The classes of xView: {type_id: (category_id, name)}, 60 without arguments.
 
-    Names and ids come from xview_classes.json beside this file, which says which of the
+    Names and ids come from xview_classes.json next to this file; it says which of the
     two official name lists it follows. The arguments replace them, in the formats of
     DIUx-xView.
 

@@ -1,7 +1,9 @@
-"""Copy: this file, scenes.py, files.py, classes.py and xview_classes.json.
+"""xView as it is downloaded into what detection tools read.
 
-xView as it is downloaded into what detection tools read: TIFF scenes to RGB PNGs, and
-the geojson of labels to a COCO train and val file.
+Copy: this file, xview_labels.py, coco.py, scenes.py, files.py, classes.py and
+xview_classes.json.
+
+TIFF scenes become RGB PNGs, and the geojson of labels a COCO train and val file.
 
     python -m e2e_utils.convert tif_to_rgb --input_dir xview/train_images \
         --out_dir xview/train_images_rgb
@@ -13,35 +15,21 @@ the geojson of labels to a COCO train and val file.
 """
 
 import os
-import random
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
-import msgspec
 import numpy as np
-from tqdm.auto import tqdm
+from msgspec.structs import replace
+from tqdm.contrib.concurrent import thread_map
 
 from .classes import read_classes
+from .coco import Category, Coco, Image, to_annotations, write_coco
 from .files import write_file
-from .scenes import (
-    PNG_END,
-    FailedScenes,
-    read_bands,
-    read_rgb,
-)
-
-ANNOTATION = (  # SAHI's fields in its order
-    '{"iscrowd":0,"image_id":%d,"bbox":[%d.0,%d.0,%d.0,%d.0],"segmentation":[],'
-    '"category_id":%d,"id":%d,"area":%d}'
-)
+from .scenes import FailedScenes, read_bands, read_rgb
+from .xview_labels import Labels, read_labels, split_scenes
 
 
 @dataclass
@@ -57,23 +45,40 @@ class PngReport:
         return f"{counts}, failed {len(self.failed)}"
 
 
-def _scene_files(folder: Path, suffixes: tuple[str, ...] = (".tif", ".tiff")) -> list:
-    """The scenes of a folder; `._N.tif` files are macOS metadata, not scenes."""
+def _scene_files(folder: Path) -> list[Path]:
+    """The scenes of a folder by number; `._N.tif` files are macOS metadata."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder of scenes")
-    files = [f for f in folder.iterdir() if f.suffix.lower() in suffixes]
-    return sorted((f for f in files if f.name[0] != "."), key=_by_number)
+    files = [f for f in folder.iterdir() if f.suffix.lower() in (".tif", ".tiff")]
+    files = [f for f in files if not f.name.startswith(".")]
+    numbers = {f: int(f.stem) if f.stem.isdecimal() else sys.maxsize for f in files}
+    return sorted(files, key=lambda f: (numbers[f], f.name))
 
 
-def _by_number(path: Path) -> tuple[int, str]:
-    return (int(path.stem) if path.stem.isdecimal() else sys.maxsize, path.name)
+def _is_copy(png: Path, tif: Path) -> bool:
+    """Whether a PNG is there, whole, of its scene's size and not older than it."""
+    if not png.exists() or png.stat().st_mtime < tif.stat().st_mtime:
+        return False
+    size = read_bands(tif, header_only=True)
+    try:
+        return size == read_bands(png, header_only=True)
+    except ValueError:
+        return False
 
 
-def _scaled(bands: np.ndarray, percentile: float) -> np.ndarray:
-    """Stretch each band so that its percentiles p and 100 - p become 0 and 255."""
-    cuts = np.percentile(bands, (percentile, 100 - percentile), axis=(0, 1))
+def _read_scaled(tif: Path, percentile: float | None) -> np.ndarray:
+    """A scene as uint8 (H, W, 3); what is not 8 bit is scaled by its percentiles."""
+    if percentile is None:
+        return read_rgb(tif)
+    bands = read_bands(tif)
+    if bands.ndim != 3 or bands.shape[2] not in (3, 4):
+        raise ValueError(f"{tif}: shape {bands.shape}; 3 or 4 bands are needed")
+    rgb = bands[..., :3]
+    if rgb.dtype == np.uint8:
+        return rgb
+    cuts = np.percentile(rgb, (percentile, 100 - percentile), axis=(0, 1))
     low, high = cuts[0], np.maximum(cuts[1], cuts[0] + 1)
-    scaled = (bands - low.astype(np.float32)) * (255 / (high - low)).astype(np.float32)
+    scaled = (rgb - low.astype(np.float32)) * (255 / (high - low)).astype(np.float32)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
@@ -116,66 +121,28 @@ def tif_to_rgb(
     if not files:
         raise FileNotFoundError(f"{input_dir} holds no .tif scene")
     out.mkdir(parents=True, exist_ok=True)
-    report = PngReport()
-
-    def intact(png: Path, tif: Path) -> bool:
-        if overwrite or not png.exists() or png.stat().st_mtime < tif.stat().st_mtime:
-            return False
-        with open(png, "rb") as file:
-            head = file.read(24)
-            file.seek(-min(len(head), len(PNG_END)), os.SEEK_END)
-            whole = file.read() == PNG_END
-        height, width = read_bands(tif, header_only=True)
-        return whole and head[16:] == width.to_bytes(4, "big") + height.to_bytes(
-            4, "big"
-        )
 
     def convert(tif: Path) -> str:
         png = out / f"{tif.stem}.png"
         try:
-            if intact(png, tif):
+            if not overwrite and _is_copy(png, tif):
                 return "skipped"
-            bands = read_bands(tif) if percentile is not None else read_rgb(tif)
-            if bands.ndim != 3 or bands.shape[2] not in (3, 4):
-                raise ValueError(f"{tif}: shape {bands.shape}; 3 or 4 bands are needed")
-            if percentile is not None and bands.dtype != np.uint8:
-                bands = _scaled(bands[..., :3], percentile)
+            pixels = _read_scaled(tif, percentile)
         except ValueError as error:
-            report.failed[tif.name] = str(error)
-            return "failed"
-        bgr = cv2.cvtColor(bands[..., :3], cv2.COLOR_RGB2BGR)
+            return str(error)
+        bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         write_file(png, [cv2.imencode(".png", bgr)[1].data])
         return "converted"
 
-    bar = tqdm(total=len(files), desc="TIFF to PNG", disable=not progress)
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
-    try:
-        for done in as_completed([pool.submit(convert, tif) for tif in files]):
-            report.converted += done.result() == "converted"
-            report.skipped += done.result() == "skipped"
-            bar.update()
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
+    bar = {"desc": "TIFF to PNG", "disable": not progress}
+    done = thread_map(convert, files, max_workers=workers or os.cpu_count(), **bar)
+    report = PngReport(done.count("converted"), done.count("skipped"))
+    for tif, outcome in zip(files, done, strict=True):
+        if outcome not in ("converted", "skipped"):
+            report.failed[tif.name] = outcome
     if report.failed:
         raise FailedScenes(report)
     return report
-
-
-class _Properties(msgspec.Struct, gc=False):
-    bounds_imcoords: str | list | None
-    type_id: int
-    image_id: str
-    cat_id: str | int | None = None
-
-
-class _Feature(msgspec.Struct, gc=False):
-    properties: _Properties
-
-
-class _Collection(msgspec.Struct):
-    type: Literal["FeatureCollection"]
-    features: list[_Feature]
 
 
 @dataclass
@@ -192,126 +159,10 @@ class ConversionReport:
     def __str__(self) -> str:
         rows: dict[str, object] = {"features read": self.features, "  kept": self.kept}
         rows |= {f"  dropped: {reason}": n for reason, n in self.dropped.items()}
-        for split, count in self.images.items():
-            rows[split] = f"{count} scenes, {self.annotations[split]} boxes"
+        for split, images in self.images.items():
+            rows[split] = f"{images} scenes, {self.annotations[split]} boxes"
         rows["scenes without labels"] = f"{self.unlabelled} (in no split)"
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
-
-
-def _read_labels(path: Path, step: int = 1 << 20) -> Iterator[list[_Properties]]:
-    """The properties of the features, a megabyte of the file at a time.
-
-    The file is cut between features, where `},{"type":"Feature"` stands: that cannot be
-    part of a JSON string, whose quotes are escaped. So memory stays at one piece.
-    """
-    cut = re.compile(rb'\}(\s*,\s*)\{\s*"type"\s*:\s*"Feature"')
-    head, held, done = b"", b"", 0
-    try:
-        with open(path, "rb") as file:
-            # where no cut is found the pieces double, so that the time stays linear
-            while piece := file.read(max(step, len(held))):
-                held += piece
-                if not head:
-                    start = re.search(rb'"features"\s*:\s*\[', held)
-                    if not start:
-                        continue
-                    head, held = held[: start.end()], held[start.end() :]
-                ends = list(cut.finditer(held, max(0, len(held) - 65_536)))
-                if ends:
-                    last = ends[-1]
-                    text = b"[" + held[: last.start(1)] + b"]"
-                    features = msgspec.json.decode(text, type=list[_Feature])
-                    held = held[last.end(1) :]
-                    yield [feature.properties for feature in features]
-                    done += len(features)
-        # with the head, what is left is a whole collection: its type is checked too
-        whole = msgspec.json.decode(head + held, type=_Collection)
-        yield [feature.properties for feature in whole.features]
-    except msgspec.DecodeError as error:
-        found = re.sub(
-            r"\$(?:\.features)?\[(\d+)\]",
-            lambda match: f"$.features[{done + int(match[1])}]",
-            str(error),
-        )
-        raise ValueError(f"{path}: not xView's label file: {found}") from error
-
-
-def _parse_bounds(bounds: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Parse "x1,y1,x2,y2" strings to int64 (N, 4), and tell which are well formed."""
-    rows = np.zeros((len(bounds), 4), np.int64)
-    good = np.array([text.count(",") == 3 for text in bounds], bool)
-    likely = bounds if good.all() else list(compress(bounds, good))
-    try:
-        numbers = np.fromstring(",".join(likely), sep=",", dtype=np.int64)
-    except ValueError:
-        numbers = np.empty(0, np.int64)
-    if len(numbers) == 4 * len(likely):
-        rows[good] = numbers.reshape(-1, 4)
-        return rows, good
-    # something in there is no int: find it one by one
-    four_ints = re.compile(r"\s*-?\d{1,18}\s*(,\s*-?\d{1,18}\s*){3}")
-    for i, text in enumerate(bounds):
-        good[i] = bool(four_ints.fullmatch(text))
-        if good[i]:
-            rows[i] = [int(number) for number in text.split(",")]
-    return rows, good
-
-
-def _grouped_split(
-    groups: list[str], class_counts: np.ndarray, rate: float, seed: int
-) -> np.ndarray:
-    """Choose whole groups for train so that each class splits near `rate`.
-
-    Starts from nothing and flips, one at a time, the group whose flip brings the
-    fractions of all classes and of the scenes nearest to the rate.
-
-    Args:
-        groups: for each scene, the place it was taken.
-        class_counts: int64 (scenes, classes), boxes.
-
-    Returns:
-        bool (scenes,), True for train.
-    """
-    names, member = np.unique(np.array(groups, str), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"all scenes have the cat_id {groups[0]!r}: no groups")
-    totals = np.zeros((len(names), class_counts.shape[1] + 1))
-    np.add.at(totals, member, np.column_stack([class_counts, np.ones(len(member))]))
-    totals = totals[:, totals.sum(axis=0) > 0]
-    share = totals / totals.sum(axis=0)
-    order = np.random.default_rng(seed).permutation(len(names))  # decides ties
-    share, chosen = share[order], np.zeros(len(names), bool)
-    have = np.zeros(share.shape[1])
-    while True:
-        flipped = have + np.where(chosen, -1, 1)[:, None] * share
-        cost = ((flipped - rate) ** 2).sum(axis=1)
-        best = int(cost.argmin())
-        if cost[best] >= ((have - rate) ** 2).sum() - 1e-12:
-            break
-        chosen[best], have = not chosen[best], flipped[best]
-    train = np.zeros(len(names), bool)
-    train[order] = chosen
-    return train[member]
-
-
-def _coco_parts(
-    images: list[dict[str, Any]], boxes: list[np.ndarray], categories: list[dict]
-) -> Iterator[bytes]:
-    """A COCO file, piece by piece; boxes are int64 rows x1, y1, x2, y2, category."""
-    yield b'{"images":' + msgspec.json.encode(images) + b',"annotations":['
-    first = 1
-    for image, rows in zip(images, boxes, strict=True):
-        if not len(rows):
-            continue
-        x1, y1, x2, y2, category = rows.T
-        w, h, count = x2 - x1, y2 - y1, len(rows)
-        number, image_id = np.arange(first, first + count), np.full(count, image["id"])
-        table = np.stack([image_id, x1, y1, w, h, category, number, w * h], axis=1)
-        # one format of the whole table is several times faster than a row at a time
-        text = ",".join([ANNOTATION] * count) % tuple(table.ravel().tolist())
-        yield ("," if first > 1 else "").encode() + text.encode()
-        first += count
-    yield b'],"categories":' + msgspec.json.encode(categories) + b"}"
 
 
 def geojson_to_coco(
@@ -363,106 +214,69 @@ def geojson_to_coco(
         raise ValueError(f"train_split_rate is {train_split_rate}; give 0 to 1")
     if split not in ("original", "grouped"):
         raise ValueError(f"split is {split!r}; give 'original' or 'grouped'")
-    folder = Path(train_images_dir)
-    files = _scene_files(folder)
+    files = _scene_files(Path(train_images_dir))
     classes = read_classes(category_id_remapping, xview_class_labels)
-    number = {file.name: i for i, file in enumerate(files)}
-    lookup = {type_id: new for type_id, (new, _) in classes.items()}
-    # how often each scene has which cat_id, for the grouped split
-    places: list[Counter[str]] = [Counter() for _ in files]
-    pieces = []
-    for rows in _read_labels(Path(train_geojson_path)):
-        bounds = [row.bounds_imcoords for row in rows]
-        of_scene = [number.get(row.image_id, -1) for row in rows]
-        if split == "grouped":
-            for row, i, text in zip(rows, of_scene, bounds, strict=True):
-                if i >= 0 and text:
-                    places[i][str(row.cat_id)] += 1
-        empty = np.array([not text for text in bounds], bool)
-        classed = [lookup.get(row.type_id, -1) for row in rows]
-        texts = [text if isinstance(text, str) else "" for text in bounds]
-        pieces.append((of_scene, classed, empty, *_parse_bounds(texts)))
-    scene, category, empty, xyxy, good = (
-        np.concatenate([np.asarray(piece[i], kind) for piece in pieces])
-        for i, kind in enumerate((np.int64, np.int64, bool, np.int64, bool))
-    )
-    report = ConversionReport(features=len(scene))
-    named = np.flatnonzero(~empty & (scene >= 0))
-    ends = xyxy.reshape(-1, 2, 2)
-    xyxy = np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1)
-
-    labelled = np.flatnonzero(np.bincount(scene[named])).tolist()
+    grouped = split == "grouped"
+    labels = read_labels(Path(train_geojson_path), files, classes, grouped)
+    labelled = np.unique(labels.scene[~labels.empty & (labels.scene >= 0)]).tolist()
+    images = {i: _listed_image(files[i], train_images_dir_rgb) for i in labelled}
+    report = ConversionReport(features=len(labels.scene))
     report.unlabelled = len(files) - len(labelled)
-    paths = {i: _listed_scene(files[i], train_images_dir_rgb) for i in labelled}
-    size_hw = np.zeros((len(files) + 1, 2), np.int64)  # the last row is "no scene"
-    for i, path in paths.items():
-        size_hw[i] = read_bands(path, header_only=True)
-    height, width = size_hw[scene].T
-    x1, y1, x2, y2 = xyxy.T
-    left = np.ones(len(scene), bool)
-    for reason, bad in (
-        ("empty bounds", empty),
-        ("scene missing", scene < 0),
-        ("malformed bounds", ~good),
-        ("unknown class", category < 0),
-        ("zero area", (x1 == x2) | (y1 == y2)),
-        ("outside the scene", (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)),
-    ):
-        report.dropped[reason] = int((left & bad).sum())
-        left &= ~bad
-    kept = np.flatnonzero(left)
-    report.kept = len(kept)
-
-    if split == "original":
-        order = labelled.copy()
-        random.Random(seed).shuffle(order)
-        train = int(len(order) * train_split_rate)
-        splits = {"train": order[:train], "val": order[train:]}
-    else:
-        groups = [places[i].most_common(1)[0][0] for i in labelled]
-        counts = np.zeros((len(files), max(lookup.values()) + 1), np.int64)
-        np.add.at(counts, (scene[kept], category[kept]), 1)
-        chosen = _grouped_split(groups, counts[labelled], train_split_rate, seed)
-        splits = {
-            name: [i for i, c in zip(labelled, chosen, strict=True) if c == is_train]
-            for name, is_train in (("train", True), ("val", False))
-        }
-
-    kept = kept[np.argsort(scene[kept], kind="stable")]
-    boxes = np.column_stack([xyxy[kept], category[kept]])
-    cuts = np.searchsorted(scene[kept], np.arange(len(files) + 1))
-    named_once = {new: name for new, name in reversed(classes.values())}
-    categories = [
-        {"id": new, "name": named_once[new], "supercategory": named_once[new]}
-        for new in dict.fromkeys(new for new, _ in classes.values())
-    ]
+    kept = _choose_labels(labels, images, report)
+    names: dict[int, str] = {}
+    for category_id, name in classes.values():
+        names.setdefault(category_id, name)
+    categories = [Category(i, name, name) for i, name in names.items()]
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    splits = split_scenes(labels, labelled, kept, split, train_split_rate, seed)
     for name, members in splits.items():
-        images = [
-            {
-                "height": int(size_hw[i, 0]),
-                "width": int(size_hw[i, 1]),
-                "id": image_id,
-                "file_name": paths[i].name,
-            }
-            for image_id, i in enumerate(members, 1)
-        ]
-        in_scene = [boxes[cuts[i] : cuts[i + 1]] for i in members]
-        report.images[name] = len(images)
-        report.annotations[name] = sum(map(len, in_scene))
-        parts = _coco_parts(images, in_scene, categories)
-        write_file(out / f"{name}.json", parts)
+        image_id = np.zeros(len(files), np.int64)  # 0: not in this split
+        image_id[members] = np.arange(1, len(members) + 1)
+        rows = kept[image_id[labels.scene[kept]] > 0]
+        rows = rows[np.argsort(image_id[labels.scene[rows]], kind="stable")]
+        boxes, of_image = labels.xyxy[rows].astype(float), image_id[labels.scene[rows]]
+        boxes[:, 2:] -= boxes[:, :2]
+        listed = [replace(images[i], id=n) for n, i in enumerate(members, 1)]
+        objects = to_annotations(boxes, of_image, labels.category[rows])
+        write_coco(out / f"{name}.json", Coco(listed, objects, categories))
+        report.images[name], report.annotations[name] = len(members), len(rows)
     return report
 
 
-def _listed_scene(tif: Path, rgb_dir: str | Path | None) -> Path:
-    if rgb_dir is None:
-        return tif
-    png = Path(rgb_dir) / f"{tif.stem}.png"
-    if not png.is_file():
-        raise FileNotFoundError(f"{png} is missing; make it with tif_to_rgb")
-    return png
+def _listed_image(tif: Path, rgb_dir: str | Path | None) -> Image:
+    """A scene, or its RGB copy, as the COCO file lists it; its id comes later."""
+    path = tif
+    if rgb_dir is not None:
+        path = Path(rgb_dir) / f"{tif.stem}.png"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; make it with tif_to_rgb")
+    height, width = read_bands(path, header_only=True)
+    return Image(height, width, id=0, file_name=path.name)
+
+
+def _choose_labels(
+    labels: Labels, images: dict[int, Image], report: ConversionReport
+) -> np.ndarray:
+    """Indices of the labels to keep; the others are counted by their first defect."""
+    size = np.zeros((labels.scene.max(initial=0) + 2, 2), np.int64)  # last: no scene
+    for i, image in images.items():
+        size[i] = image.width, image.height
+    width, height = size[labels.scene].T
+    x1, y1, x2, y2 = labels.xyxy.T
+    kept = np.ones(len(labels.scene), bool)
+    for reason, bad in (
+        ("empty bounds", labels.empty),
+        ("scene missing", labels.scene < 0),
+        ("malformed bounds", labels.malformed),
+        ("unknown class", labels.category < 0),
+        ("zero area", (x1 == x2) | (y1 == y2)),
+        ("outside the scene", (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)),
+    ):
+        report.dropped[reason] = int((kept & bad).sum())
+        kept &= ~bad
+    report.kept = int(kept.sum())
+    return np.flatnonzero(kept)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """COCO tiles as tensors: the data set, its augmentation, its loaders.
 
-Copy: this file and sampling.py.
+Copy: this file, coco.py, files.py and sampling.py.
 
 The augmentation of a tile is a function of the seed that comes with its index. With
 the order of sampling.py, a run that was stopped continues at any step with the very
@@ -10,19 +10,21 @@ batches that the undisturbed run would have seen.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from msgspec.structs import astuple
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .coco import Coco, read_coco
+from .files import atomic_path
 from .sampling import StepSampler
 
 
@@ -34,7 +36,7 @@ class CocoTiles(Dataset):
         json_path: COCO file: images, annotations (bbox in pixels, xywh), categories.
         augment: a transform of torchvision.transforms.v2, or None.
         cache: decode each tile once, 270 kB at 300 px. "memory" (or True) keeps them
-            in each process that loads; "disk" writes them into one file beside
+            in each process that loads; "disk" writes them into one file next to
             json_path when the data set is made, which all processes share, and makes
             it anew when a tile has changed. "off" (or False) decodes every time.
 
@@ -62,43 +64,34 @@ class CocoTiles(Dataset):
         self.augment = augment
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"no folder of tiles at {self.image_dir}")
-        self.coco = _read_coco(self.json_path)
-        categories = sorted(self.coco["categories"], key=lambda c: c["id"])
-        self.category_ids = [c["id"] for c in categories]
-        self.class_names = ["background"] + [c["name"] for c in categories]
-        self.images = self.coco["images"]
-        self._targets = self._make_targets()
-        kind = cache if isinstance(cache, str) else ("memory" if cache else "off")
-        if kind not in ("off", "memory", "disk"):
+        if cache not in (False, True, "off", "memory", "disk"):
             raise ValueError(f"cache must be 'off', 'memory' or 'disk', got {cache!r}")
-        self._cache: list | None = None
+        coco = read_coco(self.json_path)
+        categories = sorted(coco.categories, key=lambda category: category.id)
+        self.category_ids = [category.id for category in categories]
+        self.class_names = ["background", *(category.name for category in categories)]
+        self._targets = self._make_targets(coco)
+        self.coco = coco.to_dict()
+        self.images = self.coco["images"]
+        self._cache: dict[int, torch.Tensor] | None = None
         self._decoded: Path | None = None
-        if kind == "memory":
-            self._cache = [None] * len(self.images)
-        elif kind == "disk":
-            bytes_each = [3 * h * w for h, w in map(self.size, range(len(self)))]
-            self._starts = np.cumsum([0, *bytes_each]).tolist()
+        if cache == "disk":
+            sizes = map(self.size, range(len(self)))
+            self._starts = np.cumsum([0, *(3 * h * w for h, w in sizes)]).tolist()
             self._decoded = self._decode_all()
+        elif cache in (True, "memory"):
+            self._cache = {}
 
-    def _make_targets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _make_targets(self, coco: Coco) -> list[tuple[torch.Tensor, torch.Tensor]]:
         label_of = {c: label for label, c in enumerate(self.category_ids, start=1)}
-        rows: dict[int, list] = {image["id"]: [] for image in self.images}
-        for annotation in self.coco["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            where = f"annotation {annotation['id']} of {self.json_path}"
-            if annotation["category_id"] not in label_of:
-                category = annotation["category_id"]
-                raise ValueError(f"{where}: category_id {category} is not listed")
-            if annotation["image_id"] not in rows:
-                image = annotation["image_id"]
-                raise ValueError(f"{where}: image_id {image} is not listed")
-            if w <= 0 or h <= 0:
-                raise ValueError(f"{where}: its box has no area: {annotation['bbox']}")
-            label = label_of[annotation["category_id"]]
-            rows[annotation["image_id"]].append((x, y, x + w, y + h, label))
+        rows: dict[int, list] = {image.id: [] for image in coco.images}
+        for row in coco.annotations:
+            x, y, w, h = astuple(row.bbox)
+            label = label_of[row.category_id]
+            rows[row.image_id].append((x, y, x + w, y + h, label))
         targets = []
-        for image in self.images:
-            table = torch.tensor(rows[image["id"]], dtype=torch.float64).reshape(-1, 5)
+        for boxes in rows.values():
+            table = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 5)
             targets.append((table[:, :4].float(), table[:, 4].long()))
         return targets
 
@@ -110,62 +103,54 @@ class CocoTiles(Dataset):
         return self._targets[index][1]
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a tile as the COCO file tells them, in pixels."""
+        """(height, width) of a tile as the COCO file says, in pixels."""
         image = self.images[index]
-        try:
-            return int(image["height"]), int(image["width"])
-        except KeyError as error:
-            raise ValueError(
-                f"image {image['id']} of {self.json_path} has no {error.args[0]}"
-            ) from None
+        return image["height"], image["width"]
+
+    def _file(self, index: int) -> Path:
+        path = self.image_dir / self.images[index]["file_name"]
+        if not path.is_file():
+            raise ValueError(f"the tile {path} is missing")
+        return path
 
     def _decode_all(self) -> Path:
         """The file of all decoded tiles, one behind the other; made where it lacks."""
         key = hashlib.sha256()
-        for index, image in enumerate(self.images):
-            path = self.image_dir / image["file_name"]
-            if not path.is_file():
-                raise ValueError(f"the tile {path} is missing")
+        for index in range(len(self)):
+            path = self._file(index)
             stat = path.stat()
             row = (path.name, *self.size(index), stat.st_size, stat.st_mtime_ns)
             key.update(repr(row).encode())
         stem = f"{self.json_path.stem}-decoded"
-        file = self.json_path.with_name(f"{stem}-{key.hexdigest()[:16]}.u8")
-        if file.exists():
-            return file
-        beside = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            with beside.open("wb") as out:
-                for index, image in enumerate(self.images):
-                    tile = self.read(index)
-                    if tile.shape[1:] != self.size(index):
-                        raise ValueError(
-                            f"the tile {self.image_dir / image['file_name']} is "
-                            f"{tuple(tile.shape[1:])}, and {self.json_path} says "
-                            f"{self.size(index)} (height, width)"
-                        )
-                    out.write(tile.numpy().tobytes())
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
-        for old in file.parent.glob(f"{stem}-*.u8"):  # of tiles that have changed
-            if old != file:
+        decoded = self.json_path.with_name(f"{stem}-{key.hexdigest()[:16]}.u8")
+        if decoded.exists():
+            return decoded
+        with atomic_path(decoded) as temporary, temporary.open("wb") as out:
+            for index in range(len(self)):
+                tile, size = self.read(index), self.size(index)
+                if tile.shape[1:] != size:
+                    raise ValueError(
+                        f"the tile {self._file(index)} is {tuple(tile.shape[1:])}, and "
+                        f"{self.json_path} says {size} (height, width)"
+                    )
+                out.write(tile.numpy().tobytes())
+        for old in decoded.parent.glob(f"{stem}-*.u8"):  # of tiles that have changed
+            if old != decoded:
                 old.unlink(missing_ok=True)
-        return file
+        return decoded
 
     def read(self, index: int) -> torch.Tensor:
         """The tile as uint8 (3, H, W), RGB."""
-        if self._cache is not None and self._cache[index] is not None:
+        if self._cache is not None and index in self._cache:
             return self._cache[index]
         if self._decoded is not None:
             start, end = self._starts[index : index + 2]
             flat = np.fromfile(self._decoded, np.uint8, end - start, offset=start)
             return torch.from_numpy(flat).view(3, *self.size(index))
-        path = self.image_dir / self.images[index]["file_name"]
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+        path = self._file(index)
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if image is None:
-            state = "is missing" if not path.is_file() else "is not a readable image"
-            raise ValueError(f"the tile {path} {state}")
+            raise ValueError(f"the tile {path} is not a readable image")
         tensor = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
         tensor = tensor.permute(2, 0, 1).contiguous()
         if self._cache is not None:
@@ -190,21 +175,6 @@ class CocoTiles(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(augment_seed)
             return self.augment(image, target)
-
-
-def _read_coco(path: Path) -> dict:
-    try:
-        coco = json.loads(path.read_text())
-        missing = {"images", "annotations", "categories"} - set(coco)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no COCO file at {path}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is not a COCO file: it lacks {sorted(missing)}")
-    if not coco["images"]:
-        raise ValueError(f"{path} lists no images")
-    return coco
 
 
 class RandomTranspose(v2.Transform):
@@ -254,6 +224,17 @@ def _leave_sigterm_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_sigterm_to_the_parent,
+        **options,
+    )
+
+
 def train_loader(
     dataset: Dataset,
     batch_size: int,
@@ -275,14 +256,8 @@ def train_loader(
     sampler = StepSampler(
         tiles, batch_size, steps, start, seed, rank, world_size, repeats, groups
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_sigterm_to_the_parent,
+    return _loader(
+        dataset, workers, batch_sampler=sampler, persistent_workers=workers > 0
     )
 
 
@@ -296,11 +271,5 @@ def eval_loader(
 ) -> DataLoader:
     """A loader over this rank's share of the tiles, each tile exactly once."""
     tiles = len(dataset)  # type: ignore[arg-type]  # as above
-    return DataLoader(
-        torch.utils.data.Subset(dataset, range(rank, tiles, world_size)),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_sigterm_to_the_parent,
-    )
+    share = Subset(dataset, range(rank, tiles, world_size))
+    return _loader(share, workers, batch_size=batch_size)

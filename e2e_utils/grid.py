@@ -15,14 +15,6 @@ def _starts(length: int, size: int, overlap: int) -> np.ndarray:
     return np.minimum(np.arange(steps + 1) * (size - overlap), length - size)
 
 
-def check_grid(size: int, overlap: float) -> None:
-    """ValueError if there is no such grid; see `tile_grid`."""
-    if size < 1:
-        raise ValueError(f"tile size is {size}; give a number of pixels from 1 up")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap is {overlap}; give a fraction with 0 <= overlap < 1")
-
-
 def tile_grid(
     height: int, width: int, size: int = 300, overlap: float = 0.2
 ) -> np.ndarray:
@@ -44,7 +36,10 @@ def tile_grid(
     Raises:
         ValueError: a size or the overlap is out of range.
     """
-    check_grid(size, overlap)
+    if size < 1:
+        raise ValueError(f"tile size is {size}; give a number of pixels from 1 up")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is {overlap}; give a fraction with 0 <= overlap < 1")
     if height < 1 or width < 1:
         raise ValueError(f"scene is {height} x {width} pixels; it needs at least 1 x 1")
     x1 = _starts(width, size, int(overlap * size))

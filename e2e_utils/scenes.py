@@ -1,21 +1,14 @@
-"""Copy: this file and files.py.
+"""The pixels of a scene: TIFF, PNG and JPEG, read strictly.
 
-The pixels of a scene: read them strictly, and cut them into JPEG tiles that appear
-whole or not at all.
+Copy: this file.
 """
 
-import hashlib
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import tifffile
-
-from .files import write_file
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -45,18 +38,22 @@ def _read_tiff(path: Path, header_only: bool = False) -> Any:
     return np.ascontiguousarray(np.moveaxis(bands, 0, -1)) if bands_first else bands
 
 
-def _read_other(path: Path, magic: bytes) -> np.ndarray:
+def _read_other(path: Path, head: bytes, header_only: bool = False) -> Any:
+    png = head.startswith(PNG_MAGIC)
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         tail = file.read()
-    if magic.startswith(PNG_MAGIC):
-        whole, flags = tail.endswith(PNG_END), cv2.IMREAD_UNCHANGED
-    else:
-        # cv2 fills what a truncated JPEG lacks with grey, so look for its end marker
-        whole, flags = b"\xff\xd9" in tail, cv2.IMREAD_COLOR
-    bgr = cv2.imread(str(path), flags) if whole else None
+    # cv2 fills what a truncated JPEG lacks with grey, so look for its end marker
+    if not (tail.endswith(PNG_END) if png else b"\xff\xd9" in tail):
+        raise ValueError("truncated or corrupt")
+    if png and header_only:
+        return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
+    flags = cv2.IMREAD_UNCHANGED if png else cv2.IMREAD_COLOR
+    bgr = cv2.imread(str(path), flags)
     if bgr is None:
         raise ValueError("truncated or corrupt")
+    if header_only:
+        return bgr.shape[:2]
     if bgr.ndim == 3:
         code = cv2.COLOR_BGR2RGB if bgr.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
         cv2.cvtColor(bgr, code, dst=bgr)
@@ -69,7 +66,8 @@ def read_bands(path: str | Path, header_only: bool = False) -> Any:
     Args:
         path: image file. Uncompressed contiguous TIFFs are mapped, not read: only the
             pixels that are touched come from the disk.
-        header_only: return only (height, width), from the header.
+        header_only: return only (height, width); a JPEG is decoded for it, the others
+            are not.
 
     Returns:
         (H, W) or (H, W, bands) of the stored dtype, perhaps read-only; or (height,
@@ -87,11 +85,7 @@ def read_bands(path: str | Path, header_only: bool = False) -> Any:
             return _read_tiff(path, header_only)
         if not magic.startswith((PNG_MAGIC, b"\xff\xd8\xff")):
             raise ValueError("it is no TIFF, PNG or JPEG")
-        if header_only and magic.startswith(PNG_MAGIC):
-            width, height = (int.from_bytes(magic[i : i + 4], "big") for i in (16, 20))
-            return height, width
-        image = _read_other(path, magic)
-        return image.shape[:2] if header_only else image
+        return _read_other(path, magic, header_only)
     except Exception as error:  # decoders raise many kinds; all mean an unreadable file
         raise ValueError(f"{path}: cannot be read as a scene: {error}") from error
 
@@ -134,75 +128,3 @@ class FailedScenes(RuntimeError):
         self.report = report
         lines = [f"  {reason}" for reason in report.failed.values()]
         super().__init__("\n".join([f"{len(lines)} scene(s) failed:", *lines]))
-
-
-def write_tiles(
-    path: Path,
-    size_hw: tuple[int, int],
-    tiles: dict[str, list[int]],
-    tile_dir: Path,
-    record: Path,
-    quality: int = 75,
-) -> bool:
-    """Cut a scene into JPEG files, all of them or none.
-
-    `record` names the tiles before they appear and is sealed with a key afterwards, so
-    a killed run leaves nothing that the next one does not know of, and tiles of other
-    settings or of a scene that has changed are replaced, never mixed.
-
-    Args:
-        path: scene, see `read_rgb`.
-        size_hw: height and width that the scene must have, pixels.
-        tiles: file name to x1, y1, x2, y2 in scene pixels.
-        tile_dir: folder of the tiles, there already.
-        record: JSON file, on the same file system as `tile_dir`, one a scene.
-        quality: JPEG quality, 0..100; 75 with 4:2:0 gives the bytes of Pillow's save.
-
-    Returns:
-        False if the tiles were there already, of the same scene and settings.
-
-    Raises:
-        FileNotFoundError, ValueError: the scene is missing, unreadable or of another
-            size; nothing was written.
-        OSError: the disk is full or not writable.
-    """
-    seen = path.stat()
-    what = [str(path.name), seen.st_size, seen.st_mtime_ns, quality, *tiles]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    old = json.loads(record.read_bytes()) if record.exists() else {"names": []}
-    if old.get("key") == key:
-        there = (tile_dir / name for name in tiles)
-        if sum(f.stat().st_size for f in there if f.exists()) == old["bytes"]:
-            return False
-    pixels = read_rgb(path)
-    if pixels.shape[:2] != tuple(size_hw):
-        raise ValueError(
-            f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but the COCO file "
-            f"says {size_hw[1]} x {size_hw[0]}"
-        )
-    total, bgr = 0, None
-    with tempfile.TemporaryDirectory(prefix="cut.", dir=record.parent) as beside:
-        for name, (x1, y1, x2, y2) in tiles.items():
-            bgr = cv2.cvtColor(pixels[y1:y2, x1:x2], cv2.COLOR_RGB2BGR, dst=bgr)
-            jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-            total += jpeg.size
-            with open(f"{beside}/{name}", "wb", buffering=0) as file:
-                rest = jpeg.reshape(-1).data
-                while rest:  # unbuffered, a nearly full disk may take a part only
-                    rest = rest[file.write(rest) :]
-        unsealed = {"names": sorted({*tiles, *old["names"]})}
-        write_file(record, [json.dumps(unsealed).encode()])
-        for name in set(old["names"]).difference(tiles):
-            (tile_dir / name).unlink(missing_ok=True)
-        for name in tiles:
-            os.replace(f"{beside}/{name}", f"{tile_dir}/{name}")
-    sealed = {"key": key, "bytes": total, "names": list(tiles)}
-    write_file(record, [json.dumps(sealed).encode()])
-    return True
-
-
-def forget_tiles(tile_dir: Path, record: Path) -> None:
-    """Remove the tiles that a record names, then the record."""
-    for name in json.loads(record.read_bytes())["names"]:
-        (tile_dir / name).unlink(missing_ok=True)
-    record.unlink()

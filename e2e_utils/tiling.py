@@ -1,6 +1,6 @@
 """A COCO data set of scenes cut into a COCO data set of tiles.
 
-Copy: this file, grid.py, scenes.py and files.py.
+Copy: this file, grid.py, coco.py, tile_files.py, scenes.py and files.py.
 
 `slice_coco` has the grid, names, annotations and JPEG bytes of
 `sahi.slicing.slice_coco` (0.12.8).
@@ -12,70 +12,40 @@ Copy: this file, grid.py, scenes.py and files.py.
         --output_train_dir tiles --output_val_dir tiles
 """
 
-import os
-import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
-from tqdm.auto import tqdm
+from msgspec.structs import astuple
 
+from .coco import Coco, Image, read_coco, to_annotations, write_coco
 from .files import write_file
-from .grid import check_grid, clip_to_tiles, tile_grid
-from .scenes import (
-    FailedScenes,
-    forget_tiles,
-    write_tiles,
-)
-
-ANNOTATION = (  # SAHI's fields in its order
-    '{"iscrowd":0,"image_id":%d,"bbox":[NUMBER,NUMBER,NUMBER,NUMBER],'
-    '"segmentation":[[%d,%d,%d,%d,%d,%d,%d,%d]],"category_id":%d,"id":%d,"area":%d}'
-)
-
-
-class _Image(msgspec.Struct, gc=False):
-    id: int
-    file_name: str
-    height: int
-    width: int
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int
-    bbox: tuple[float, float, float, float]
-    category_id: int
-
-
-class _Coco(msgspec.Struct):
-    images: list[_Image]
-    annotations: list[_Annotation]
-    categories: list[dict[str, Any]]
+from .grid import clip_to_tiles, tile_grid
+from .scenes import FailedScenes
+from .tile_files import write_tiles
 
 
 @dataclass
 class _Scene:
     """One scene's plan: its tiles, and its boxes clipped to them."""
 
-    image: _Image
+    image: Image
     prefix: str  # of its tile names
     grid: np.ndarray  # int64 (T, 4) xyxy
     counts: np.ndarray  # int64 (T,): boxes in each tile
     boxes_xywh: np.ndarray  # float64 (P, 4), tile-relative, tile by tile
     categories: np.ndarray  # int64 (P,)
-    areas: np.ndarray  # int64 (P,), pixels
     keep: np.ndarray  # bool (T,): tiles of the JSON
 
-    def names(self, tiles: np.ndarray) -> list[str]:
-        rows = self.grid[tiles].tolist()
-        return [f"{self.prefix}_{a}_{b}_{c}_{d}.jpg" for a, b, c, d in rows]
+    def tiles(self, every: bool = False) -> dict[str, list[int]]:
+        """Names of the kept, or of all, tiles: x1, y1, x2, y2 in scene pixels."""
+        rows = (self.grid if every else self.grid[self.keep]).tolist()
+        return {
+            f"{self.prefix}_{a}_{b}_{c}_{d}.jpg": [a, b, c, d] for a, b, c, d in rows
+        }
 
 
 @dataclass
@@ -108,69 +78,58 @@ class TilingReport:
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
 
 
-def _read_coco(path: Path) -> _Coco:
-    try:
-        coco = msgspec.json.decode(path.read_bytes(), type=_Coco)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: not a COCO data set: {error}") from error
-    for what, ids in (
-        ("images", [image.id for image in coco.images]),
-        ("categories", [category.get("id") for category in coco.categories]),
-    ):
-        twice = [i for i, n in Counter(ids).items() if n > 1 or type(i) is not int]
-        if twice:
-            raise ValueError(f"{path}: id {twice[0]!r} in {what} is not a unique int")
-    for image in coco.images:
-        if image.height < 1 or image.width < 1:
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{path}: image {image.file_name!r} is {size}")
-    return coco
-
-
-def _plan(
-    coco: _Coco, report: TilingReport, size: int, overlap: float, min_area_ratio: float
-) -> list[_Scene]:
-    """Lay the grid over every scene and clip its boxes; count what is dropped."""
+def _usable_boxes(
+    coco: Coco, report: TilingReport
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index of the scene (ascending), category and xyxy; others are counted."""
+    rows = coco.annotations
     position = {image.id: i for i, image in enumerate(coco.images)}
-    known = {category["id"] for category in coco.categories}
-    rows, scenes = coco.annotations, []
+    known = [row.id for row in coco.categories]
     scene = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
     category = np.array([row.category_id for row in rows], np.int64)
-    numbers = chain.from_iterable(row.bbox for row in rows)
+    numbers = chain.from_iterable(astuple(row.bbox) for row in rows)
     xywh = np.fromiter(numbers, np.float64, 4 * len(rows)).reshape(-1, 4)
-    report.scenes, report.boxes = len(coco.images), len(rows)
-    ends = np.stack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
     # a negative width or height counts as absolute, as in SAHI
-    xyxy = np.concatenate([ends.min(axis=0), ends.max(axis=0)], axis=1)
+    ends = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
+    xyxy = np.hstack([np.minimum(*ends), np.maximum(*ends)])
     area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
-    left = np.ones(len(rows), bool)
+    usable = np.ones(len(rows), bool)
     for reason, bad in (
         ("image not listed", scene < 0),
-        ("category not listed", ~np.isin(category, list(known))),
+        ("category not listed", ~np.isin(category, known)),
         ("zero area", area == 0),
         ("area below 1 pixel", ~(area >= 1)),
     ):
-        report.dropped[reason] = int((left & bad).sum())
-        left &= ~bad
-    order = np.flatnonzero(left)
+        report.dropped[reason] = int((usable & bad).sum())
+        usable &= ~bad
+    order = np.flatnonzero(usable)
     order = order[np.argsort(scene[order], kind="stable")]
-    cuts = np.searchsorted(scene[order], np.arange(len(coco.images) + 1))
+    return scene[order], category[order], xyxy[order]
+
+
+def _plan(
+    coco: Coco, report: TilingReport, size: int, overlap: float, min_area_ratio: float
+) -> list[_Scene]:
+    """Lay the grid over every scene and clip its boxes; count what is dropped."""
+    report.scenes, report.boxes = len(coco.images), len(coco.annotations)
+    scene, category, xyxy = _usable_boxes(coco, report)
+    cuts = np.searchsorted(scene, np.arange(len(coco.images) + 1))
+    scenes = []
     for i, image in enumerate(coco.images):
-        own = order[cuts[i] : cuts[i + 1]]
+        own = slice(cuts[i], cuts[i + 1])
         grid = tile_grid(image.height, image.width, size, overlap)
         tile, box, clipped = clip_to_tiles(xyxy[own], grid, min_area_ratio)
-        side = clipped[:, 2:] - clipped[:, :2]
+        corner = clipped[:, :2] - grid[tile, :2]
         counts = np.bincount(tile, minlength=len(grid))
-        report.in_no_tile += int((np.bincount(box, minlength=len(own)) == 0).sum())
+        report.in_no_tile += len(xyxy[own]) - len(np.unique(box))
         scenes.append(
             _Scene(
                 image=image,
                 prefix=f"{Path(image.file_name).stem}_{i}",
                 grid=grid,
                 counts=counts,
-                boxes_xywh=np.concatenate([clipped[:, :2] - grid[tile, :2], side], 1),
+                boxes_xywh=np.hstack([corner, clipped[:, 2:] - clipped[:, :2]]),
                 categories=category[own][box],
-                areas=np.prod(side, axis=1).astype(np.int64),
                 keep=counts > 0,
             )
         )
@@ -187,86 +146,32 @@ def _choose_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
         scene.keep[tile] = True
 
 
-def _json_lists(scenes: list[_Scene]) -> tuple[Iterator[bytes], Iterator[bytes]]:
-    """The images and the annotations of the tiles in SAHI's fields, scene by scene."""
-
-    def images() -> Iterator[bytes]:
-        number = 1
-        for scene in scenes:
-            rows = []
-            tiles = scene.grid[scene.keep].tolist()
-            names = scene.names(scene.keep)
-            for name, (x1, y1, x2, y2) in zip(names, tiles, strict=True):
-                size = {"height": y2 - y1, "width": x2 - x1}
-                rows.append({**size, "id": number, "file_name": name})
-                number += 1
-            yield msgspec.json.encode(rows)[1:-1]
-
-    def annotations() -> Iterator[bytes]:
-        image, number = 1, 1
-        for scene in scenes:
-            in_tile, count = scene.counts[scene.keep], len(scene.areas)
-            image_id = np.repeat(np.arange(image, image + len(in_tile)), in_tile)
-            ids = np.arange(number, number + count)
-            x, y, w, h = scene.boxes_xywh.T
-            corners = [x + w, y, x + w, y + h, x, y + h, x, y]
-            whole = np.array_equal(scene.boxes_xywh, np.floor(scene.boxes_xywh))
-            columns = [image_id, x, y, w, h, *corners, scene.categories, ids]
-            table = np.stack([*columns, scene.areas], axis=1)
-            values = (table.astype(np.int64) if whole else table).ravel().tolist()
-            row = ANNOTATION.replace("NUMBER", "%d.0" if whole else "%r")
-            # one format of the whole table is several times faster than a row at a time
-            yield (",".join([row] * count) % tuple(values)).encode()
-            image, number = image + len(in_tile), number + count
-
-    return images(), annotations()
-
-
 def _save(
-    scenes: list[_Scene], coco: _Coco, report: TilingReport, settings: dict
+    scenes: list[_Scene], coco: Coco, report: TilingReport, settings: dict
 ) -> None:
-    """Write the COCO file of the tiles and the manifest."""
-
-    def joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
-        comma = b""
-        for piece in filter(None, pieces):
-            yield comma + piece
-            comma = b","
-
-    images, annotations = _json_lists(scenes)
-    categories = msgspec.json.encode(coco.categories)
-    parts = (
-        [b'{"images":['],
-        joined(images),
-        [b'],"annotations":['],
-        joined(annotations),
-        [b'],"categories":', categories, b"}"],
+    """Write the COCO file of the tiles and the manifest; count what is in them."""
+    images: list[Image] = []
+    tiles = []
+    for scene in scenes:
+        for name, (x1, y1, x2, y2) in scene.tiles().items():
+            images.append(Image(y2 - y1, x2 - x1, len(images) + 1, name))
+            row = {"file_name": name, "scene": scene.image.file_name}
+            tiles.append({**row, "xyxy": [x1, y1, x2, y2]})
+    in_tile = [n for scene in scenes for n in scene.counts[scene.keep].tolist()]
+    categories = [c for scene in scenes for c in scene.categories.tolist()]
+    annotations = to_annotations(
+        np.vstack([np.zeros((0, 4)), *(scene.boxes_xywh for scene in scenes)]),
+        np.repeat(np.arange(1, len(images) + 1), in_tile),
+        np.array(categories, np.int64),
+        outlines=True,
     )
-    write_file(report.coco_json, chain.from_iterable(parts))
-    tiles = (
-        msgspec.json.encode(
-            [
-                {"file_name": name, "scene": scene.image.file_name, "xyxy": xyxy}
-                for name, xyxy in zip(
-                    scene.names(scene.keep),
-                    scene.grid[scene.keep].tolist(),
-                    strict=True,
-                )
-            ]
-        )[1:-1]
-        for scene in scenes
-    )
-    sizes = [
-        {
-            "file_name": s.image.file_name,
-            "height": s.image.height,
-            "width": s.image.width,
-        }
-        for s in scenes
-    ]
-    head = msgspec.json.encode({"settings": settings, "scenes": sizes})[:-1]
-    manifest = ([head, b',"tiles":['], joined(tiles), [b"]}"])
-    write_file(report.manifest, chain.from_iterable(manifest))
+    write_coco(report.coco_json, Coco(images, annotations, coco.categories))
+    fields = ("file_name", "height", "width")
+    sizes = [{name: getattr(scene.image, name) for name in fields} for scene in scenes]
+    manifest = {"settings": settings, "scenes": sizes, "tiles": tiles}
+    write_file(report.manifest, [msgspec.json.encode(manifest)])
+    report.tiles, report.annotations = len(images), len(annotations)
+    report.negatives = in_tile.count(0)
 
 
 def slice_coco(
@@ -281,7 +186,6 @@ def slice_coco(
     ignore_negative_samples: bool = True,
     negative_ratio: float = 0.0,
     write_all_tiles: bool = False,
-    quality: int = 75,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
@@ -290,7 +194,7 @@ def slice_coco(
 
     Writes into `output_dir`, for split "train", size 300 and overlap 0.2:
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
-    `train_images_300_02/{scene}_{place in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
+    `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
     `train_300_02_manifest.json` (`settings`; `scenes` with file_name, height, width;
     `tiles` with file_name, scene and xyxy in scene pixels). Boxes are cut, polygons of
     the input are not read. The hidden folder `.train_300_02` remembers which scenes are
@@ -309,7 +213,6 @@ def slice_coco(
         negative_ratio: of the tiles that would be left out, keep so many for each tile
             with boxes, chosen at random by `seed`; 0.5 keeps one for every two.
         write_all_tiles: write the JPEGs of left-out tiles too, as SAHI does.
-        quality: JPEG quality, 0..100.
         seed: for `negative_ratio`.
         workers: threads (decoding and encoding leave Python's lock), each holding one
             scene; as many as there are cores if left out.
@@ -324,15 +227,11 @@ def slice_coco(
         ValueError: an argument is out of range, or `coco_json` is not COCO.
         OSError: the disk is full or not writable.
     """
-    check_grid(slice_size, overlap_ratio)
-    for name, value, top in (
-        ("min_area_ratio", min_area_ratio, 1),
-        ("negative_ratio", negative_ratio, np.inf),
-        ("quality", quality, 100),
-    ):
-        if not 0 <= value <= top:
-            raise ValueError(f"{name} is {value}; give a number from 0 to {top}")
-    image_dir, coco_json, out = Path(image_dir), Path(coco_json), Path(output_dir)
+    if not 0 <= min_area_ratio <= 1:
+        raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
+    if not 0 <= negative_ratio < np.inf:
+        raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
+    coco_json, out = Path(coco_json), Path(output_dir)
     split = split or coco_json.stem
     tag = f"{slice_size}_{str(float(overlap_ratio)).replace('.', '')}"
     report = TilingReport(
@@ -340,62 +239,29 @@ def slice_coco(
         image_dir=out / f"{split}_images_{tag}",
         manifest=out / f"{split}_{tag}_manifest.json",
     )
-    coco = _read_coco(coco_json)
+    coco = read_coco(coco_json, strict=False)
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
     coco.annotations.clear()
-    if ignore_negative_samples and negative_ratio:
+    if ignore_negative_samples:
         _choose_negatives(scenes, negative_ratio, seed)
-    elif not ignore_negative_samples:
+    else:
         for scene in scenes:
             scene.keep[:] = True
-    state = out / f".{split}_{tag}"
-    report.image_dir.mkdir(parents=True, exist_ok=True)
-    state.mkdir(exist_ok=True)
-    for half_cut in state.glob("cut.*"):
-        shutil.rmtree(half_cut)
-    records = {f"{scene.prefix}.json" for scene in scenes}
-    for record in state.glob("*.json"):
-        if record.name not in records:
-            forget_tiles(report.image_dir, record)
-
-    def cut(scene: _Scene) -> bool:
-        write = np.ones_like(scene.keep) if write_all_tiles else scene.keep
-        tiles = zip(scene.names(write), scene.grid[write].tolist(), strict=True)
-        path = image_dir / scene.image.file_name
-        size_hw = scene.image.height, scene.image.width
-        record = state / f"{scene.prefix}.json"
-        try:
-            return write_tiles(
-                path, size_hw, dict(tiles), report.image_dir, record, quality
-            )
-        except (ValueError, FileNotFoundError) as error:
-            report.failed[scene.image.file_name] = str(error)
-            if record.exists():
-                forget_tiles(report.image_dir, record)
-            return True
-
-    bar = tqdm(total=len(scenes), desc=f"{split} scenes", disable=not progress)
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
-    try:
-        for done in as_completed([pool.submit(cut, scene) for scene in scenes]):
-            report.resumed += not done.result()
-            bar.update()
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-    scenes = [s for s in scenes if s.image.file_name not in report.failed]
-    report.tiles = sum(int(scene.keep.sum()) for scene in scenes)
-    report.negatives = sum(
-        int((scene.counts[scene.keep] == 0).sum()) for scene in scenes
+    report.resumed, report.failed = write_tiles(
+        Path(image_dir),
+        report.image_dir,
+        out / f".{split}_{tag}",
+        {scene.prefix: (scene.image, scene.tiles(write_all_tiles)) for scene in scenes},
+        workers=workers,
+        title=f"{split} scenes" if progress else None,
     )
-    report.annotations = sum(len(scene.areas) for scene in scenes)
+    scenes = [s for s in scenes if s.image.file_name not in report.failed]
     settings = {
         "slice_size": slice_size,
         "overlap_ratio": overlap_ratio,
         "min_area_ratio": min_area_ratio,
         "ignore_negative_samples": ignore_negative_samples,
         "negative_ratio": negative_ratio,
-        "quality": quality,
         "seed": seed,
     }
     _save(scenes, coco, report, settings)
@@ -404,54 +270,24 @@ def slice_coco(
     return report
 
 
-def slice_train_val(
-    image_dir: str | Path,
-    train_dataset_json_path: str | Path,
-    val_dataset_json_path: str | Path,
-    output_train_dir: str | Path,
-    output_val_dir: str | Path,
-    slice_size: int = 300,
-    overlap_ratio: float = 0.2,
-    ignore_negative_samples: bool = True,
-    min_area_ratio: float = 0.1,
-    negative_ratio: float = 0.0,
-    write_all_tiles: bool = False,
-    workers: int | None = None,
-) -> None:
-    """Cut the train and the val COCO data sets into tiles; see `slice_coco`.
+def main() -> None:
+    """Cut the train and the val data set, with the flags of the original command."""
+    from jsonargparse import ArgumentParser
 
-    Args:
-        image_dir: folder of the scenes.
-        train_dataset_json_path: COCO file; its stem names the outputs.
-        val_dataset_json_path: COCO file; its stem names the outputs.
-        output_train_dir: folder of the train tiles and their COCO file.
-        output_val_dir: folder of the val tiles and their COCO file.
-        slice_size: side of a tile in pixels.
-        overlap_ratio: fraction of the side that neighbours share.
-        ignore_negative_samples: leave out tiles without boxes.
-        min_area_ratio: least part of a box, by area, that a tile must hold.
-        negative_ratio: tiles without boxes to keep for each tile with boxes.
-        write_all_tiles: write the JPEGs of left-out tiles too.
-        workers: threads; as many as there are cores if left out.
-    """
+    parser = ArgumentParser(description=main.__doc__)
+    own: set[str | int] = {"coco_json", "output_dir", "split"}
+    shared = parser.add_function_arguments(slice_coco, skip=own)
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}_dataset_json_path", required=True)
+        parser.add_argument(f"--output_{split}_dir", required=True)
+    given = parser.parse_args().as_dict()
+    options = {name: given[name] for name in shared}
     failures = []
-    for coco_json, output_dir in (
-        (train_dataset_json_path, output_train_dir),
-        (val_dataset_json_path, output_val_dir),
-    ):
+    for split in ("train", "val"):
+        options["coco_json"] = given[f"{split}_dataset_json_path"]
+        options["output_dir"] = given[f"output_{split}_dir"]
         try:
-            report = slice_coco(
-                image_dir,
-                coco_json,
-                output_dir,
-                slice_size=slice_size,
-                overlap_ratio=overlap_ratio,
-                min_area_ratio=min_area_ratio,
-                ignore_negative_samples=ignore_negative_samples,
-                negative_ratio=negative_ratio,
-                write_all_tiles=write_all_tiles,
-                workers=workers,
-            )
+            report = slice_coco(**options)
         except FailedScenes as error:
             report = error.report
             failures.append(str(error))
@@ -461,9 +297,7 @@ def slice_train_val(
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
     try:
-        auto_cli(slice_train_val, as_positional=False)
+        main()
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")

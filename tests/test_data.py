@@ -23,6 +23,11 @@ def train_set(tiles):
     return CocoTiles(tiles / "train_images_300_02", tiles / "train_300_02.json")
 
 
+def boxes_lie_on_objects(image, target, at_least):
+    for x1, y1, x2, y2 in target["boxes"].int().tolist():
+        assert image[:, y1:y2, x1:x2].float().amax(0).mean() > at_least
+
+
 def test_an_item_has_the_shapes_and_types_that_torchvision_wants(train_set):
     image, target = train_set[0]
     assert image.dtype == torch.uint8 and image.shape == (3, 96, 96)
@@ -30,45 +35,19 @@ def test_an_item_has_the_shapes_and_types_that_torchvision_wants(train_set):
     assert target["labels"].dtype == torch.int64
     assert set(target["labels"].tolist()) <= {1, 2}
     assert train_set.class_names == ["background", "square", "bar", "dot"]
-
-
-def test_boxes_lie_on_the_objects(train_set):
-    image, target = train_set[0]
-    for x1, y1, x2, y2 in target["boxes"].int().tolist():
-        inside = image[:, y1:y2, x1:x2].float().amax(0).mean()
-        assert inside > 150  # objects are bright, the ground stays below 60
-
-
-def test_a_tile_without_objects_has_empty_boxes(train_set):
-    _, target = train_set[len(train_set) - 1]
+    assert [train_set.size(i) for i in range(12)] == [(96, 96)] * 12
+    boxes_lie_on_objects(image, target, 150)  # they are bright, the ground below 60
+    _, target = train_set[len(train_set) - 1]  # a tile without objects
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["annotations"][0].update(category_id=99), "category_id 99"),
-        (lambda c: c["annotations"][0].update(image_id=99), "image_id 99"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 1, 0, 5]), "no area"),
-        (lambda c: c.pop("categories"), "lacks"),
-        (lambda c: c.update(images=[]), "no images"),
-    ],
-)
-def test_a_wrong_coco_file_is_named_with_the_value(tiles, tmp_path, change, message):
-    coco = json.loads((tiles / "train_300_02.json").read_text())
-    change(coco)
+def test_a_wrong_coco_file_and_a_missing_folder_are_named(tiles, tmp_path, train_set):
+    coco = json.loads(train_set.json_path.read_text())
+    coco["annotations"][0]["category_id"] = 99
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match=message) as error:
-        CocoTiles(tiles / "train_images_300_02", path)
-    assert "bad.json" in str(error.value)
-
-
-def test_a_file_that_is_no_json_and_a_missing_folder_are_named(tiles, tmp_path):
-    path = tmp_path / "no.json"
-    path.write_text("not json")
-    with pytest.raises(ValueError, match=r"no\.json is not a JSON file"):
-        CocoTiles(tiles / "train_images_300_02", path)
+    with pytest.raises(ValueError, match=r"1 of .*bad\.json: category_id 99"):
+        CocoTiles(train_set.image_dir, path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CocoTiles(tmp_path / "nowhere", path)
 
@@ -93,43 +72,28 @@ def test_transpose_swaps_the_axes_of_image_and_boxes(train_set):
     )
 
 
-def test_augmented_boxes_still_lie_on_the_objects(train_set):
+def test_the_augmentation_is_a_function_of_its_seed_and_moves_the_boxes(train_set):
     train_set.augment = default_augment()
     for seed in range(8):
-        image, target = train_set[(1, seed)]
-        for x1, y1, x2, y2 in target["boxes"].int().tolist():
-            assert image[:, y1:y2, x1:x2].float().amax(0).mean() > 110
-
-
-def test_the_augmentation_is_a_function_of_its_seed(train_set):
-    train_set.augment = default_augment()
+        boxes_lie_on_objects(*train_set[(1, seed)], 110)
     first, again, other = train_set[(0, 5)], train_set[(0, 5)], train_set[(0, 6)]
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], other[0])
 
 
-def test_a_resumed_sampler_yields_the_rest_of_the_run():
-    whole = list(StepSampler(10, 3, 20, seed=4))
-    assert list(StepSampler(10, 3, 20, start=7, seed=4)) == whole[7:]
-    assert whole != list(StepSampler(10, 3, 20, seed=5))
-
-
-def test_each_epoch_sees_each_tile_once():
-    flat = [index for batch in StepSampler(10, 2, 10) for index, _ in batch]
+@pytest.mark.parametrize("repeats", [None, [1.0] * 10])
+def test_each_epoch_sees_each_tile_once(repeats):
+    sampler = StepSampler(10, 2, 10, repeats=repeats)
+    flat = [index for batch in sampler for index, _ in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-
-
-def test_ranks_share_each_global_batch():
-    alone = list(StepSampler(12, 4, 6))
-    parts = [list(StepSampler(12, 2, 6, rank=r, world_size=2)) for r in (0, 1)]
-    together = [a + b for a, b in zip(*parts, strict=True)]
-    assert together == alone
 
 
 def test_loaders_cover_the_tiles(train_set):
     batches = list(train_loader(train_set, 4, steps=3))
     assert [len(images) for images, _ in batches] == [4, 4, 4]
+    repeated = train_loader(train_set, 2, 6, repeats=[1.0] * 11 + [2.0], groups=None)
+    assert sum(len(targets) for _, targets in repeated) == 12
     seen = [
         target["image_id"]
         for rank in (0, 1)
@@ -139,10 +103,12 @@ def test_loaders_cover_the_tiles(train_set):
     assert sorted(seen) == list(range(1, 13))
 
 
-def test_the_cache_returns_the_same_tile(tiles, train_set):
+def test_the_cache_in_memory_returns_the_same_tile(train_set):
     cached = CocoTiles(train_set.image_dir, train_set.json_path, cache=True)
     assert torch.equal(cached.read(3), train_set.read(3))
     assert cached.read(3) is cached.read(3)
+    with pytest.raises(ValueError, match="'off', 'memory' or 'disk', got 'ram'"):
+        CocoTiles(train_set.image_dir, train_set.json_path, cache="ram")
 
 
 def test_the_cache_on_disk_returns_the_same_tiles(tiles, tmp_path, train_set):
@@ -180,11 +146,6 @@ def test_the_cache_on_disk_follows_a_tile_that_changed(tiles, tmp_path):
     with pytest.raises(ValueError, match=r"val_2\.jpg is missing"):
         CocoTiles(tmp_path, file, cache="disk")
     assert not list(tmp_path.glob("*.part"))
-
-
-def test_an_unknown_cache_is_quoted(tiles, train_set):
-    with pytest.raises(ValueError, match="'off', 'memory' or 'disk', got 'ram'"):
-        CocoTiles(train_set.image_dir, train_set.json_path, cache="ram")
 
 
 class Table:
@@ -236,18 +197,25 @@ def test_tiles_are_repeated_by_their_factors():
         assert sum(times) / 300 == pytest.approx(factor * 11 / 10.9, abs=0.1)
 
 
-def test_a_repeated_order_is_resumed_and_shared_among_ranks():
-    whole = list(StepSampler(7, 2, 40, seed=3, repeats=REPEATS))
-    assert list(StepSampler(7, 2, 40, 17, seed=3, repeats=REPEATS)) == whole[17:]
-    parts = [
-        list(StepSampler(7, 1, 40, 0, 3, rank, 2, repeats=REPEATS)) for rank in (0, 1)
-    ]
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+GROUPS = [0, 1, 0, 0, 1, 0, 2]
 
 
-def test_factors_of_one_change_only_the_lot():
-    counts = epochs(StepSampler(7, 1, 21, repeats=[1.0] * 7), 3)
-    assert all(epoch == Counter(range(7)) for epoch in counts)
+@pytest.mark.parametrize("repeats", [None, REPEATS, [1.0] * 7])
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_an_order_is_resumed_at_any_step_and_shared_among_ranks(repeats, groups):
+    options = {"repeats": repeats, "groups": groups}
+    whole = list(StepSampler(7, 2, 40, seed=3, **options))
+    assert list(StepSampler(7, 2, 40, 17, seed=3, **options)) == whole[17:]
+    assert list(StepSampler(7, 2, 40, seed=4, **options)) != whole
+    if groups is None:
+        parts = [list(StepSampler(7, 1, 40, 0, 3, r, 2, **options)) for r in (0, 1)]
+        assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    else:  # a batch is of one group, so ranks take whole batches in turn
+        batches = [[index for index, _ in batch] for batch in whole]
+        assert all(len({groups[i] for i in batch}) == 1 for batch in batches)
+        assert {i for batch in batches for i in batch} == set(range(7))
+        parts = [list(StepSampler(7, 2, 20, 0, 3, r, 2, **options)) for r in (0, 1)]
+        assert [b for pair in zip(*parts, strict=True) for b in pair] == whole
 
 
 def test_aspect_ratio_groups_have_the_borders_of_the_references():
@@ -263,38 +231,10 @@ def test_aspect_ratio_groups_have_the_borders_of_the_references():
         aspect_ratio_groups(Table(sizes=sizes), -2)
 
 
-GROUPS = [0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
-
-
-@pytest.mark.parametrize("repeats", [None, [1.0] * 5 + [2.5] * 6])
-def test_each_batch_is_of_one_group(repeats):
-    sampler = StepSampler(11, 3, 60, seed=2, repeats=repeats, groups=GROUPS)
-    batches = [[index for index, _ in batch] for batch in sampler]
-    assert all(len({GROUPS[i] for i in batch}) == 1 for batch in batches)
-    assert {i for batch in batches for i in batch} == set(range(11))
-    resumed = StepSampler(11, 3, 60, 25, seed=2, repeats=repeats, groups=GROUPS)
-    assert list(resumed) == list(sampler)[25:]
-    parts = [
-        list(StepSampler(11, 3, 30, 0, 2, rank, 2, repeats, GROUPS)) for rank in (0, 1)
-    ]
-    together = [batch for pair in zip(*parts, strict=True) for batch in pair]
-    assert together == list(sampler)
-
-
 def test_a_grouped_epoch_shows_every_tile_and_few_twice():
-    sampler = StepSampler(11, 3, 25, groups=GROUPS)
+    groups = [0, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
+    sampler = StepSampler(11, 3, 25, groups=groups)
     assert sampler.epoch_length == 15  # batches of the groups: 3, 1 and 1
     for epoch in epochs(sampler, 5):
         assert set(epoch) == set(range(11)) and sum(epoch.values()) == 15
         assert all(epoch[i] <= 2 for i in range(11) if i != 6)  # 6 is alone
-
-
-def test_loaders_take_repeats_and_groups(train_set):
-    loader = train_loader(train_set, 2, 6, repeats=[1.0] * 11 + [2.0], groups=None)
-    seen = [t["image_id"] for _, targets in loader for t in targets]
-    assert len(seen) == 12
-    sizes = [train_set.size(i) for i in range(len(train_set))]
-    assert set(sizes) == {(96, 96)}
-    del train_set.images[0]["height"]
-    with pytest.raises(ValueError, match=r"image 1 of .*_02\.json has no height"):
-        train_set.size(0)
