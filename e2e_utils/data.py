@@ -240,22 +240,20 @@ def train_loader(
     batch_size: int,
     steps: int,
     *,
-    start: int = 0,
-    seed: int = 0,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    repeats: list[float] | None = None,
-    groups: list[int] | None = None,
+    **order: Any,
 ) -> DataLoader:
-    """A loader that yields exactly the batches `start`..`steps` of a run.
+    """A loader that yields exactly the batches of a run, from any step on.
 
-    The arguments are those of `StepSampler`, and `workers`, the processes that load.
+    Args:
+        dataset: `CocoTiles`.
+        batch_size: tiles a batch.
+        steps: of the whole run.
+        workers: processes that load.
+        **order: of `StepSampler`: start, seed, rank, world_size, repeats, groups.
     """
     tiles = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no __len__
-    sampler = StepSampler(
-        tiles, batch_size, steps, start, seed, rank, world_size, repeats, groups
-    )
+    sampler = StepSampler(tiles, batch_size, steps, **order)
     return _loader(
         dataset, workers, batch_sampler=sampler, persistent_workers=workers > 0
     )

@@ -8,8 +8,8 @@
 
 SIGTERM makes it save and end with exit code 143; the same command goes on from there.
 
-Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, sampling.py,
-models.py, hardware.py, optim.py and evaluate.py.
+Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
+sampling.py, models.py, hardware.py, optim.py and evaluate.py.
 """
 
 from __future__ import annotations
