@@ -1,6 +1,7 @@
 """Checkpoints to artefacts, and the handler that serves them, called in process."""
 
 import argparse
+import ast
 import base64
 import importlib
 import io
@@ -16,12 +17,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import ts.torch_handler.base_handler as base_handler
 from PIL import Image
 from serving import NAMES, ROOT, SETTINGS, TABLE, checkpoint, decode, jpeg
+from ts.utils.util import PredictionException, list_classes_from_module
 
 from e2e_utils.models import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils import export
+from kserve_utils.engines import DESCRIBES
 
 SERVER = ROOT / "kserve_utils" / "torchserve_utils"
 DESCRIPTION = {"architecture": "fasterrcnn_small", "class_names": NAMES}
@@ -67,7 +71,7 @@ def determined(weights, **more):
 
 def test_stripping_keeps_the_weights_and_what_describes_them_only(ours, stripped):
     content = torch.load(stripped, weights_only=True)
-    assert set(content) == {"model", *export.DESCRIBES}
+    assert set(content) == {"model", *DESCRIBES}
     assert content["settings"] == SETTINGS and content["class_names"] == NAMES
     before = torch.load(ours, weights_only=True)["model"]
     assert all(torch.equal(content["model"][k], v) for k, v in before.items())
@@ -96,7 +100,7 @@ def test_other_forms_are_stripped_when_told_what_they_are(form, tmp_path):
 
 def test_a_trial_that_describes_itself_needs_no_arguments(tmp_path):
     whole = checkpoint()
-    said = {key: whole[key] for key in export.DESCRIBES}
+    said = {key: whole[key] for key in DESCRIBES}
     torch.save(determined(whole["model"], e2e=said), tmp_path / "state_dict.pth")
     new = export.strip_checkpoint(tmp_path, tmp_path / "new.pth")
     assert model_from_checkpoint(new)[1] == said
@@ -167,16 +171,17 @@ def test_what_is_no_checkpoint_at_all_is_an_error_that_names_it(ours, tmp_path):
 @pytest.mark.slow
 def test_the_command_of_the_tutorial_strips_a_checkpoint(ours, tmp_path):
     command = [sys.executable, "kserve_utils/torchserve_utils/strip_checkpoint.py"]
-    command += ["--ckpt-path", str(ours)]
-    command += ["--new-ckpt-name", str(tmp_path / "new.pth")]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert set(torch.load(tmp_path / "new.pth", weights_only=True)) == {
-        "model",
-        *export.DESCRIBES,
-    }
+    command += ["--ckpt-path", str(ours), "--new-ckpt-name", str(tmp_path / "new.pth")]
+    command += ["--class-names", str(ROOT / "e2e_utils" / "xview_classes.json")]
+    for returncode in (0, 1):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == returncode, done.stderr
+        command[3] = str(tmp_path / "absent.pt")
+    assert done.stderr == f"strip_checkpoint: no checkpoint at {command[3]}\n"
+    content = torch.load(tmp_path / "new.pth", weights_only=True)
+    assert set(content) == {"model", *DESCRIBES}
 
 
 def test_class_names_are_read_from_a_list_or_a_class_table(tmp_path):
@@ -198,11 +203,15 @@ def test_the_archive_holds_all_that_a_server_needs(mar, stripped):
         "fasterrcnn_handler.py",
         "index_to_name.json",
         "model-xview.py",
-        "models.py",
         "trained_model_stripped.pth",
+        *export.CODE,
     }
     assert files["trained_model_stripped.pth"] == stripped.read_bytes()
-    assert files["models.py"] == (ROOT / "e2e_utils" / "models.py").read_bytes()
+    for name in export.CODE:
+        assert files[name] == (ROOT / "e2e_utils" / name).read_bytes()
+    committed = (SERVER / "index_to_name.json").read_bytes()
+    assert files["index_to_name.json"] == committed
+    assert json.loads(committed)["1"] == TABLE["classes"][0]["name"]
     description = json.loads(files["detector.json"])
     meta = model_from_checkpoint(stripped)[1]
     limits = {"score_threshold": 0.0, "max_pixels": 4096 * 4096}
@@ -229,16 +238,20 @@ def test_two_archives_at_the_same_time_do_not_disturb_each_other(
                 assert made.testzip() is None
 
 
-def test_what_is_not_stripped_or_out_of_range_is_refused(tmp_path, stripped):
+def test_what_is_not_stripped_or_out_of_range_is_refused(tmp_path, ours, stripped):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.pth is not a readable"):
         export.write_mar(tmp_path / "text.pth", tmp_path)
+    with pytest.raises(ValueError, match=r"best\.pt is not stripped .*strip_checkp"):
+        export.write_mar(ours, tmp_path)
     with pytest.raises(ValueError, match="in 0..1, got 40"):
         export.write_mar(stripped, tmp_path, score_threshold=40)
     with pytest.raises(RuntimeError, match="special characters"):
         export.write_mar(stripped, tmp_path, "../evil")
     with pytest.raises(ValueError, match=r"text\.pth is not a model archive"):
         export.write_model_store(tmp_path / "text.pth", tmp_path / "store")
+    with pytest.raises(FileNotFoundError, match=r"no model archive at .*absent\.mar"):
+        export.write_model_store(tmp_path / "absent.mar", tmp_path / "store")
 
 
 def read_properties(path):
@@ -259,25 +272,14 @@ def test_the_committed_configuration_is_that_of_a_written_tree(mar, tmp_path):
     ]
 
 
-def test_only_addresses_differ_between_machines(mar, tmp_path):
-    pod = export.write_model_store(mar, tmp_path / "pod")
-    here = {key: "elsewhere" for key in export.POD_ADDRESSES}
-    local = export.write_model_store(mar, tmp_path / "local", **here)
-    pod, local = (
-        read_properties(tree / "config" / "config.properties") for tree in (pod, local)
-    )
-    assert {key for key in pod if pod[key] != local[key]} == set(here)
-    with pytest.raises(ValueError, match="no address .'port'."):
-        export.write_model_store(mar, tmp_path / "pod", port=1)
+KINDS = ("inference", "management", "metrics")
 
 
 def test_the_defaults_are_safe():
     config = read_properties(SERVER / "config" / "config.properties")
     assert config["management_address"].startswith("http://127.0.0.1:")
-    ports = [
-        config[f"{kind}_address"].rsplit(":")[-1]
-        for kind in ("inference", "management", "metrics")
-    ]  # noqa: E501
+    addresses = (config[f"{kind}_address"] for kind in KINDS)
+    ports = [address.rsplit(":")[-1] for address in addresses]
     ports += [config["grpc_inference_port"], config["grpc_management_port"]]
     assert len(set(ports)) == 5
     assert not {"8080", "8081"} & set(ports)  # KServe's wrapper has these
@@ -285,12 +287,6 @@ def test_the_defaults_are_safe():
     assert int(config["max_request_size"]) == 64 * 2**20
     (versions,) = json.loads(config["model_snapshot"])["models"].values()
     assert versions["1.0"]["batchSize"] == versions["1.0"]["maxWorkers"] == 1
-
-
-def test_index_to_name_is_the_class_table():
-    committed = json.loads((SERVER / "index_to_name.json").read_text())
-    assert committed == export.index_to_name(NAMES)
-    assert committed["1"] == TABLE["classes"][0]["name"]
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +309,6 @@ def start_handler(mar, folder, gpu_id=None):
     sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module("fasterrcnn_handler")
-        from ts.utils.util import list_classes_from_module
-
         (only,) = list_classes_from_module(module)
         handler = only()
         handler.initialize(context)
@@ -364,12 +358,10 @@ class OneGpu:
 def test_the_handler_takes_the_gpu_that_torchserve_gives_it(
     mar, handler, tmp_path, monkeypatch
 ):
-    import ts.torch_handler.base_handler as base
-
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
     torch.set_float32_matmul_precision("high")  # what the base class does on a GPU
-    monkeypatch.setattr(base, "torch", gpu := OneGpu())
+    monkeypatch.setattr(base_handler, "torch", gpu := OneGpu())
     try:
         on_gpu = start_handler(mar, tmp_path, gpu_id=3)
         assert gpu.asked == ["cuda:3"]
@@ -432,8 +424,6 @@ def deep() -> bytes:
     ],
 )
 def test_bad_input_is_a_400_with_a_reason(handler, instances, message):
-    from ts.utils.util import PredictionException
-
     with pytest.raises(PredictionException) as raised:
         handler(instances)
     assert raised.value.error_code == 400
@@ -441,8 +431,6 @@ def test_bad_input_is_a_400_with_a_reason(handler, instances, message):
 
 
 def test_damaged_pictures_are_a_400_or_boxes_and_nothing_else(handler):
-    from ts.utils.util import PredictionException
-
     rng = np.random.default_rng(0)
     whole = np.frombuffer(jpeg(64, 64), dtype=np.uint8)
     for _ in range(20):
@@ -470,8 +458,6 @@ def test_pillow_and_opencv_decode_a_jpeg_to_the_same_pixels(subsampling, progres
 
 @pytest.mark.parametrize("name", ["fasterrcnn_handler.py", "model-xview.py"])
 def test_what_travels_in_the_archive_is_python_39_and_stands_alone(name):
-    import ast
-
     tree = ast.parse((SERVER / name).read_text(), feature_version=(3, 9))
     assert sum(isinstance(node, ast.ClassDef) for node in tree.body) == 1
     modules = {
