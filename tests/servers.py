@@ -25,7 +25,7 @@ import torch
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from PIL import Image
-from serving import NAMES, checkpoint, jpeg
+from serving import NAMES, checkpoint, decode, jpeg
 
 from kserve_utils import export
 from kserve_utils.artefact import write_artefact
@@ -39,7 +39,8 @@ def stripped(tmp_path_factory):
     """A stripped checkpoint of an untrained detector (see serving.py)."""
     folder = tmp_path_factory.mktemp("served")
     torch.save(checkpoint(), folder / "best.pt")
-    return export.strip_checkpoint(folder / "best.pt", folder / "stripped.pth")
+    new = folder / "trained_model_stripped.pth"
+    return export.strip_checkpoint(folder / "best.pt", new)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,8 @@ def tree(stripped):
 @pytest.fixture(scope="session")
 def artefact(stripped):
     """An artefact of it, for the predictor and all engines."""
-    return write_artefact(stripped, stripped.parent / "artefact")
+    tiles = [decode(jpeg(seed=seed)) for seed in (1, 2)]
+    return write_artefact(stripped, stripped.parent / "artefact", tiles=tiles)
 
 
 @pytest.fixture(scope="session")
