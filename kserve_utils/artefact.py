@@ -59,14 +59,11 @@ def write_artefact(
         out_dir: the folder; it appears whole or not at all, in place of an older
             artefact. A folder that holds something else is not touched.
         engines: those of `ENGINES` that the artefact is for. "torch" is always in.
-        tiles: uint8 (H, W, 3), RGB, on which each engine has to give the boxes of
-            torch; a crop of the first checks that other sizes work too. Take tiles
-            that were not trained on, with objects. None draws noise: enough for an
-            untrained detector, too little to rely on.
-        model_name: the model's name in the URL.
-        score_threshold: servers return no boxes below, 0..1. The detector's own
-            threshold comes before it.
-        max_pixels: servers refuse larger pictures; the default is 4096 x 4096.
+        tiles: uint8 (H, W, 3), RGB, with objects and not trained on. On them, and on a
+            crop of the first, each engine has to give the boxes of torch. None draws
+            noise: enough for an untrained detector, too little to rely on.
+        model_name: in the URL.
+        score_threshold, max_pixels: as for `export.read_stripped`.
 
     Returns:
         `out_dir`. Inside: model.pth (the checkpoint), model.xml and model.bin
@@ -74,12 +71,10 @@ def write_artefact(
         limits, the engines with what parity measured, and the files' SHA-256.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: not a stripped checkpoint, or an argument out of range.
+        FileNotFoundError, ValueError: as `read_stripped`; or an argument is not valid.
         FileExistsError: `out_dir` holds something that is no artefact.
         ImportError: an engine's library is not installed.
-        RuntimeError: an engine cannot run this architecture, or differs from torch by
-            more than 0.05 px or 1e-4, or by more than one box in a hundred.
+        RuntimeError: an engine cannot run this architecture, or `compare` refuses it.
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown:
@@ -211,10 +206,8 @@ def compare(expected: list[dict], found: list[dict], title: str = "different") -
         counts = len(one["scores"]), len(other["scores"])
         free = torch.ones(counts[1], dtype=torch.bool)
         problem = f"{counts[1]} boxes instead of {counts[0]}"
-        for box, label, score in zip(
-            one["boxes"], one["labels"], one["scores"], strict=True
-        ):
-            best, moved, changed = _nearest(box, label, score, other, free)
+        for row in range(counts[0]):
+            best, moved, changed = _nearest(one, row, other, free)
             if moved <= BOX_TOLERANCE and changed <= SCORE_TOLERANCE:
                 free[best] = False
                 pixels, scores = max(pixels, moved), max(scores, changed)
@@ -222,9 +215,9 @@ def compare(expected: list[dict], found: list[dict], title: str = "different") -
             near = not moved > 1  # so put that a NaN is refused
             if near or counts[0] == counts[1]:
                 problem = (
-                    f"a box of label {label} moves by {moved:.3g} px and {changed:.2g} "
-                    f"of its score; at most {BOX_TOLERANCE} px and {SCORE_TOLERANCE} "
-                    "are taken"
+                    f"a box of label {one['labels'][row]} moves by {moved:.3g} px and "
+                    f"{changed:.2g} of its score; at most {BOX_TOLERANCE} px and "
+                    f"{SCORE_TOLERANCE} are taken"
                 )
             if near:
                 raise RuntimeError(f"{title}, picture {index}: {problem}")
@@ -237,21 +230,17 @@ def compare(expected: list[dict], found: list[dict], title: str = "different") -
 
 
 def _nearest(
-    box: torch.Tensor,
-    label: torch.Tensor,
-    score: torch.Tensor,
-    other: dict,
-    free: torch.Tensor,
+    one: dict, row: int, other: dict, free: torch.Tensor
 ) -> tuple[int, float, float]:
-    """The free box of that label that differs least: (index, by px, by score).
+    """The free box of another engine that differs least: (index, by px, by score).
 
-    Near ties may come in another order of scores, so that places do not tell.
+    Near ties may come in another order of scores, so the place in it does not tell.
     """
     if not len(free):
         return 0, torch.inf, torch.inf
-    moved = (other["boxes"] - box).abs().amax(dim=1)
-    moved[~free | (other["labels"] != label)] = torch.inf
-    changed = (other["scores"] - score).abs()
+    moved = (other["boxes"] - one["boxes"][row]).abs().amax(dim=1)
+    moved[~free | (other["labels"] != one["labels"][row])] = torch.inf
+    changed = (other["scores"] - one["scores"][row]).abs()
     best = int((moved / BOX_TOLERANCE + changed / SCORE_TOLERANCE).argmin())
     return best, float(moved[best]), float(changed[best])
 

@@ -71,9 +71,8 @@ def load_engine(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no such engine, precision or device, or no such pair of them; not an
-            artefact, or one without this engine, or a damaged file; bf16 or fp16 is not
-            approved.
+        ValueError: no such engine, precision or device; not an artefact, one without
+            this engine, or a damaged one; bf16 or fp16 is not approved.
         ImportError: the engine's library is not installed.
         RuntimeError: this device or engine has no such precision.
     """
@@ -108,11 +107,7 @@ def load_engine(
 
 
 def resolve_device(engine: str, device: str | None = None) -> torch.device:
-    """Where an engine computes, the argument of `load_engine` as a device.
-
-    Raises:
-        ValueError: no such device, or the engine does not run there.
-    """
+    """Where an engine computes; ValueError if there is no such device for it."""
     if engine != "torch" and (device or "cpu").startswith("cuda"):
         raise ValueError(
             f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
@@ -268,19 +263,14 @@ def _onnxruntime(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are about the graph's own shapes
-    options.intra_op_num_threads = threads or _cores()
+    # those that this process may use; not every system tells
+    cores = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+    options.intra_op_num_threads = threads or len(cores(0))
     session = onnxruntime.InferenceSession(
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
     run = lambda image: session.run(None, {"image": image})  # noqa: E731
     return run, options.intra_op_num_threads
-
-
-def _cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 RUNNERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}

@@ -74,8 +74,8 @@ def strip_checkpoint(
     given: dict = {"architecture": architecture, "class_names": class_names}
     given |= {"settings": settings, "tile_size": tile_size, "overlap": overlap}
     known: dict = {"settings": {}, "tile_size": 300, "overlap": 0.2}
-    said = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
-    known |= {k: said[k] for k in DESCRIBES if k in said}
+    own = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
+    known |= {k: own[k] for k in DESCRIBES if k in own}
     known |= {k: v for k, v in given.items() if v is not None}
     missing = [key for key in ("architecture", "class_names") if key not in known]
     if missing:
@@ -152,8 +152,9 @@ def read_stripped(
 
     Args:
         ckpt_path: written by `strip_checkpoint`.
-        score_threshold: servers return no boxes below, 0..1.
-        max_pixels: servers refuse larger pictures.
+        score_threshold: servers return no boxes below, 0..1. The detector's own
+            threshold comes before it.
+        max_pixels: servers refuse larger pictures; the default is 4096 x 4096.
 
     Returns:
         (model, description): ready to predict; `DESCRIBES` and the two limits.
@@ -191,11 +192,9 @@ def write_mar(
     Args:
         stripped_ckpt: written by `strip_checkpoint`.
         out_dir: gets `<model_name>.mar`, in place of an older one.
-        model_name: the model's name in the URL.
-        version: of the model, told by the server.
-        score_threshold: boxes below are not returned, 0..1. The detector's own
-            `box_score_thresh` comes before it.
-        max_pixels: larger pictures are refused; the default is 4096 x 4096.
+        model_name: in the URL.
+        version: of the model, as the server gives it.
+        score_threshold, max_pixels: as for `read_stripped`.
 
     Returns:
         The path of the archive. Inside: the checkpoint, the code that builds its
@@ -247,10 +246,7 @@ def write_model_store(mar_path: str | Path, out_dir: str | Path) -> Path:
 
     Args:
         mar_path: written by `write_mar`; its name and version are read from inside.
-        out_dir: gets the two folders; files of the same names are replaced.
-
-    Returns:
-        `out_dir`.
+        out_dir: gets the two folders; files of the same names are replaced. Returned.
 
     Raises:
         FileNotFoundError, ValueError: `mar_path` is no model archive.

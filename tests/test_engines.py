@@ -161,35 +161,24 @@ def same(expected: dict, found: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", OTHERS)
-def test_every_engine_gives_the_boxes_of_torch_on_any_size_and_on_scenes(
+def test_every_engine_gives_the_boxes_of_torch_to_threads_that_ask_at_once(
     artefact, engine
 ):
     reference, _ = engines.load_engine(artefact)
-    module, meta = engines.load_engine(artefact, engine, threads=1)
+    module, meta = engines.load_engine(artefact, engine, threads=1, at_once=2)
     assert (meta["engine"], meta["threads"]) == (engine, 1)
-    for size in SIZES:
-        picture = decode(jpeg(*size, seed=7))
-        wanted, found = (predict_image(m, picture) for m in (reference, module))
+    pictures = [decode(jpeg(*size, seed=7)) for size in SIZES]
+    wanted = [predict_image(reference, picture) for picture in pictures]
+    answers = together(15, lambda i: predict_image(module, pictures[i % len(SIZES)]))
+    for index, found in enumerate(answers):
         assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
         assert found["labels"].dtype == np.int64
-        assert len(wanted["scores"]) == 40 and (np.diff(found["scores"]) <= 0).all()
-        same(wanted, found)
+        assert len(found["scores"]) == 40 and (np.diff(found["scores"]) <= 0).all()
+        same(wanted[index % len(SIZES)], found)
     scene, settings = decode(jpeg(500, 700, seed=3)), {"score_threshold": 0.0}
     wanted, found = (predict_scene(m, scene, **settings) for m in (reference, module))
     assert len(wanted["scores"]) > 50
     same(wanted, found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", OTHERS)
-def test_threads_that_ask_at_once_get_each_their_own_boxes(artefact, engine):
-    module, meta = engines.load_engine(artefact, engine, threads=1, at_once=2)
-    assert meta["threads"] == 1
-    pictures = [decode(jpeg(300, 200 + 40 * i, seed=i)) for i in range(4)]
-    alone = [predict_image(module, picture) for picture in pictures]
-    answers = together(12, lambda i: predict_image(module, pictures[i % 4]))
-    for index, found in enumerate(answers):
-        same(alone[index % 4], found)
 
 
 @torch.inference_mode()
