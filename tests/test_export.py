@@ -441,14 +441,21 @@ def test_pillow_and_opencv_decode_a_jpeg_to_the_same_pixels():
         assert (decode(content) == bgr[..., ::-1]).all(), options
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_handler.py", "model-xview.py"])
+ALLOWED = {"numpy", "torch", "torchvision", "PIL", "ts", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_handler.py", "model-xview.py", *export.CODE]
+)
 def test_what_travels_in_the_archive_is_python_39_and_stands_alone(name):
-    tree = ast.parse((SERVER / name).read_text(), feature_version=(3, 9))
-    assert sum(isinstance(node, ast.ClassDef) for node in tree.body) == 1
-    modules = {
-        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    assert modules <= set(sys.stdlib_module_names) | {"numpy", "torch", "PIL", "ts"}
+    folder = ROOT / "e2e_utils" if name in export.CODE else SERVER
+    tree, imported = ast.parse((folder / name).read_text(), feature_version=(3, 9)), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported[0] = imported.get(0, set()) | {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module] if node.module else [a.name for a in node.names]
+            imported[node.level] = imported.get(node.level, set()).union(modules)
+    assert {module.split(".")[0] for module in imported.pop(0)} <= ALLOWED
+    neighbours = {f"{module}.py" for module in imported.pop(1, ())}
+    assert neighbours <= set(export.CODE) and not imported
