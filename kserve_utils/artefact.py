@@ -100,12 +100,14 @@ def write_artefact(
     with _new_folder(out) as folder:
         shutil.copyfile(stripped_ckpt, folder / "model.pth")
         _write_graphs(folder, model, description, pictures[0])
-        parity = _measure_parity(folder, description, pictures, expected)
-        parity["torch"]["pictures"] = "noise" if tiles is None else "tiles"
+        parity: dict = {"torch": {"pictures": "noise" if tiles is None else "tiles"}}
+        parity["torch"] |= {"checked": len(pictures), "boxes": _count(expected)}
+        for engine in engines[1:]:
+            parity[engine] = _measure(folder, engine, description, pictures, expected)
         names = [name for engine in engines for name in FILES[engine]]
-        description["files"] = {name: sha256(folder / name) for name in names}
-        text = json.dumps({**description, "parity": parity}, indent=2) + "\n"
-        (folder / "detector.json").write_text(text)
+        files = {name: sha256(folder / name) for name in names}
+        text = json.dumps({**description, "parity": parity, "files": files}, indent=2)
+        (folder / "detector.json").write_text(text + "\n")
     return out
 
 
@@ -158,18 +160,15 @@ def _write_graphs(
         graph.unlink(missing_ok=True)
 
 
-def _measure_parity(
-    folder: Path, description: dict, pictures: list[np.ndarray], expected: list[dict]
+def _measure(
+    folder: Path, engine: str, description: dict, pictures: list, expected: list
 ) -> dict:
-    """Of each engine what it differs by from torch, whose boxes are `expected`."""
-    parity: dict = {"torch": {"checked": len(pictures), "boxes": _count(expected)}}
-    for engine in description["engines"][1:]:
-        with _explained(engine, description):
-            module = Compiled(RUNNERS[engine](folder, "fp32", None)[0])
-            found = _run(module, pictures)
-        title = f"{engine} differs from torch on {description['architecture']}"
-        parity[engine] = compare(expected, found, title)
-    return parity
+    """What an engine's boxes differ by from those of torch, which are `expected`."""
+    with _explained(engine, description):
+        module = Compiled(RUNNERS[engine](folder, "fp32", None)[0])
+        found = _run(module, pictures)
+    title = f"{engine} differs from torch on {description['architecture']}"
+    return compare(expected, found, title)
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def strip_checkpoint(
     weights = _weights(checkpoint, path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
-        torch.save({"model": weights, **known}, temporary)
+        with open(temporary, "wb") as file:  # torch puts the name of a path into it
+            torch.save({"model": weights, **known}, file)
         try:
             models.model_from_checkpoint(temporary)  # fits, before anyone relies on it
         except ValueError as error:

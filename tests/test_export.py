@@ -55,14 +55,18 @@ def determined(weights, **more):
     return {"models_state_dict": [weights], **others, **more}
 
 
-def test_stripping_keeps_the_weights_and_what_describes_them_only(ours, stripped):
+def test_stripping_keeps_the_weights_and_what_describes_them_only(
+    ours, stripped, tmp_path
+):
     content = torch.load(stripped, weights_only=True)
     assert set(content) == {"model", *DESCRIBES}
     assert content["settings"] == SETTINGS and content["class_names"] == NAMES
     before = torch.load(ours, weights_only=True)["model"]
     assert all(torch.equal(content["model"][k], v) for k, v in before.items())
     assert stripped.stat().st_size < ours.stat().st_size
-    assert not list(stripped.parent.glob("*.part"))
+    again = export.strip_checkpoint(ours, tmp_path / "another name.pth")
+    assert again.read_bytes() == stripped.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["another name.pth"]
 
 
 @pytest.mark.parametrize("form", ["seeds", "arguments", "bare", "determined", "ddp"])
