@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles, eval_loader
 from e2e_utils.evaluate import coco_metrics, detect
@@ -38,7 +39,7 @@ from e2e_utils.hardware import (
     memory_format,
     native_precisions,
 )
-from e2e_utils.models import MODELS, build_model, model_from_checkpoint
+from e2e_utils.models import MODELS, build_model
 from e2e_utils.optim import make_optimizer
 from e2e_utils.train import fit, seed_step, train_step
 

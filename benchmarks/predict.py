@@ -28,7 +28,8 @@ import torch
 from sahi import AutoDetectionModel
 from sahi.predict import get_sliced_prediction
 
-from e2e_utils.models import build_model, model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.models import build_model
 from e2e_utils.predict import predict_scene
 
 SIZE, OVERLAP, SCORE, IOU = 300, 0.2, 0.05, 0.5

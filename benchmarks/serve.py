@@ -47,9 +47,10 @@ import requests
 import torch
 from PIL import Image
 
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import native_precisions
-from e2e_utils.models import build_model, model_from_checkpoint
+from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image
 from e2e_utils.train import fit
 from kserve_utils.approve import MAX_DROP, approve_precision

@@ -31,7 +31,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,10 @@ import determined as det
 import torch.distributed as dist
 from determined import core
 
-from e2e_utils import experiment
-from e2e_utils.config import TrainConfig
-from e2e_utils.train import fit, start_process_group
+from e2e_utils.evaluate import searcher_metrics
+from e2e_utils.experiment import fetch_tiles, load_config, train_config
+from e2e_utils.run import start_process_group
+from e2e_utils.train import fit
 
 if __package__:
     from determined_files.train import show
@@ -49,41 +49,6 @@ else:  # on a cluster, and as a script, this folder is the root
     from train import show
 
 FILES = ("last.pt", "best.pt", "metrics.jsonl")  # what fit writes and continues from
-
-
-def loop_config(
-    hparams: dict, slots: int, data_path: str, output_dir: str | Path
-) -> TrainConfig:
-    """The TrainConfig of one slot for `fit`.
-
-    Args:
-        hparams: see e2e_utils/experiment.py.
-        slots: processes that share global_batch_size.
-        data_path: folder of the tiles on this machine.
-        output_dir: of `fit`.
-
-    Raises:
-        ValueError: slots that do not divide global_batch_size.
-    """
-    batch_size, rest = divmod(hparams["global_batch_size"], slots)
-    if rest:
-        raise ValueError(
-            f"global_batch_size {hparams['global_batch_size']} does not divide "
-            f"equally among {slots} slots"
-        )
-    config = replace(
-        experiment.train_config(hparams, batch_size, data_path),
-        output_dir=str(output_dir),
-        eval_steps=hparams.get("validation_batches"),
-        save_steps=hparams.get("checkpoint_batches"),
-    )
-    if "lr_step_batches" in hparams:  # fit counts in epochs; half a batch earlier is
-        # the same step and cannot be rounded past it
-        tiles = len(json.loads(config.split("train")[1].read_text())["images"])
-        epoch = max(1, tiles // hparams["global_batch_size"])
-        steps = [(batch - 0.5) / epoch for batch in hparams["lr_step_batches"]]
-        config = replace(config, lr_steps=steps)
-    return config
 
 
 def train(
@@ -116,7 +81,7 @@ def train(
         if "loss" in values:
             core_context.train.report_training_metrics(step, values)
         else:
-            values = _named(values)
+            values = searcher_metrics(values)
             core_context.train.report_validation_metrics(step, values)
         core_context.train.report_progress(step / hparams["max_batches"])
         if report:
@@ -138,14 +103,17 @@ def train(
         asks = chief and trial_id is not None
         return asks and core_context.preempt.should_preempt(auto_ack=False)
 
-    with _tiles(core_context, hparams) as data_path:
-        config = loop_config(hparams, slots, data_path, output)
+    with tempfile.TemporaryDirectory(prefix="fake_tiles_") as scratch:
+        local_rank = core_context.distributed.local_rank
+        tiles = fetch_tiles(hparams, scratch, local_rank)
+        core_context.distributed.broadcast_local(None)  # wait for whoever fetches
+        config = train_config(hparams, slots, tiles, str(output))
         metrics = fit(config, tell, store, stops, progress=False)
     if saved and saved[-1][0] < hparams["max_batches"]:
         # Or the master would take the clean exit for the end of the training
         core_context.preempt.acknowledge_preemption_signal()
     step = {"step": metrics["step"]} if metrics else {}
-    return {**_named(metrics), **step}, saved[-1][1] if saved else None
+    return {**searcher_metrics(metrics), **step}, saved[-1][1] if saved else None
 
 
 def _trial_id(core_context: core.Context) -> int | None:
@@ -154,32 +122,10 @@ def _trial_id(core_context: core.Context) -> int | None:
     return info.trial.trial_id if info and info.task_type == "TRIAL" else None
 
 
-def _named(metrics: dict) -> dict:
-    """COCO's figures by the names of the searcher; one without ground truth is out."""
-    names = experiment.METRICS.items()
-    return {n: metrics[k] for n, k in names if metrics.get(k) is not None}
-
-
 def _copy_run(source: Path, target: Path) -> None:
     for name in FILES:
         if (source / name).exists():
             shutil.copy2(source / name, target / name)
-
-
-@contextlib.contextmanager
-def _tiles(core_context: core.Context, hparams: dict) -> Iterator[str]:
-    """The folder of the tiles on this machine."""
-    if hparams["backend"] == "fake":
-        with tempfile.TemporaryDirectory(prefix="fake_tiles_") as folder:
-            settings = experiment.train_config(hparams, 1)
-            experiment.write_fake_tiles(folder, settings)
-            if core_context.distributed.rank == 0:
-                print("backend fake: noise with rectangles, the figures mean nothing")
-            yield folder
-        return
-    path = experiment.fetch_tiles(hparams, core_context.distributed.local_rank)
-    core_context.distributed.broadcast_local(None)  # wait for whoever fetches
-    yield path
 
 
 def _restore(core_context: core.Context, checkpoint: Path, output: Path) -> None:
@@ -232,7 +178,7 @@ def run_local(
     """Train without a cluster: one process, or those that torchrun started.
 
     Args:
-        config: of `experiment.load_config`.
+        config: of `e2e_utils.experiment.load_config`.
         output_dir: of the run; a run that is there goes on. Checkpoints go to
             output_dir/checkpoints/<uuid>.
         resume: checkpoint folder to continue from in a new output_dir.
@@ -297,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     _, checkpoint = run_local(
-        experiment.load_config(options.config, options.overrides),
+        load_config(options.config, options.overrides),
         options.output_dir,
         options.resume,
         show,

@@ -1,6 +1,6 @@
 """Checkpoints of a Determined trial, brought back.
 
-Copy: this file and e2e_utils/models.py.
+Copy: this file and e2e_utils.
 
 Reading a checkpoint folder needs neither determined nor the code that wrote it;
 `download_best` needs the cluster that holds the experiment.
@@ -8,18 +8,20 @@ Reading a checkpoint folder needs neither determined nor the code that wrote it;
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from e2e_utils.models import build_model
+from e2e_utils.checkpoint import (
+    load_detector,
+    load_file,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 DESCRIPTION: tuple[str, ...] = ("architecture", "settings", "class_names")
-DESCRIPTION += ("tile_size", "overlap", "step", "metrics")
+DESCRIPTION += ("tile_size", "overlap", "precision", "step", "metrics")
 
 
 def read_trial_checkpoint(path: str | Path) -> dict:
@@ -29,39 +31,35 @@ def read_trial_checkpoint(path: str | Path) -> dict:
     which the checkpoint was taken; its best.pt is the best until then.
 
     Returns:
-        "model" (state dict, without the prefix that DDP gives its keys),
-        "architecture", "settings", "class_names", "tile_size", "overlap", "step" and
-        "metrics" (of the last validation before it; by the names of
-        `e2e_utils.experiment.METRICS`, or of `coco_metrics` if core_api.py wrote it).
+        "model" (state dict, without the prefix that DDP gives its keys; the average of
+        the weights where the trial made one), "architecture", "settings",
+        "class_names", "tile_size", "overlap", "precision", "step" and "metrics" (of the
+        last validation before it; by the names of `e2e_utils.evaluate.METRICS`, or of
+        `coco_metrics` if core_api.py wrote it).
 
     Raises:
         FileNotFoundError: neither state_dict.pth nor last.pt in the folder.
         ValueError: it was written neither by ObjectDetectionTrial nor by core_api.py.
     """
-    for name in ("state_dict.pth", "last.pt"):
-        file = Path(path) / name
-        if file.is_file():
-            break
-    else:
-        raise FileNotFoundError(
-            f"no Determined checkpoint in {path}: neither state_dict.pth nor last.pt"
-        )
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file} is not a readable checkpoint: {reason}") from error
-    if set(DESCRIPTION) <= set(content):
+    of_trial, of_core_api = Path(path) / "state_dict.pth", Path(path) / "last.pt"
+    if of_trial.is_file():
+        content = load_file(of_trial)
+        if "e2e" not in content:
+            raise ValueError(
+                f"{of_trial} does not say which model it holds: it was not written by "
+                f"ObjectDetectionTrial (its keys: {', '.join(sorted(content))})"
+            )
+        weights = content["callbacks"].get("e2e", {}).get("average")
+        if weights is None:
+            weights = content["models_state_dict"][0]
+            consume_prefix_in_state_dict_if_present(weights, "module.")
+        return {"model": weights, **content["e2e"]}
+    if of_core_api.is_file():
+        content = read_checkpoint(of_core_api)
         return {key: content[key] for key in ("model", *DESCRIPTION)}
-    if "e2e" not in content:
-        raise ValueError(
-            f"{file} does not say which model it holds: it was not written by "
-            f"ObjectDetectionTrial or core_api.py (its keys: "
-            f"{', '.join(sorted(content))})"
-        )
-    weights = content["models_state_dict"][0]
-    consume_prefix_in_state_dict_if_present(weights, "module.")
-    return {"model": weights, **content["e2e"]}
+    raise FileNotFoundError(
+        f"no Determined checkpoint in {path}: neither state_dict.pth nor last.pt"
+    )
 
 
 def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
@@ -72,24 +70,18 @@ def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
             writes and downloads it.
 
     Returns:
-        (model, meta) like `e2e_utils.models.model_from_checkpoint`: the model in
+        (model, meta) like `e2e_utils.checkpoint.model_from_checkpoint`: the model in
         evaluation mode on the CPU, and what describes it.
     """
-    meta = read_trial_checkpoint(path)
-    model = build_model(
-        meta["architecture"], len(meta["class_names"]), **meta["settings"]
-    )
-    model.load_state_dict(meta.pop("model"))
-    return model.eval(), meta
+    content = read_trial_checkpoint(path)
+    model = load_detector(content, path)
+    return model, {key: content[key] for key in DESCRIPTION}
 
 
 def convert_trial_checkpoint(path: str | Path, new_path: str | Path) -> Path:
     """Write a trial's checkpoint as a file that e2e_utils loads, exports and serves."""
-    content, new_path = read_trial_checkpoint(path), Path(new_path)
-    beside = new_path.with_suffix(".part")
-    torch.save(content, beside)
-    os.replace(beside, new_path)
-    return new_path
+    save_checkpoint(new_path, read_trial_checkpoint(path))
+    return Path(new_path)
 
 
 def download_best(

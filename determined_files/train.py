@@ -74,7 +74,7 @@ def fit_trial(
     **options: Any,
 ) -> None:
     """Give the lengths among the hyperparameters to Determined's Trainer."""
-    validation = hparams.get("validation_batches") or trial.epoch
+    validation = hparams.get("validation_batches") or trial.run.steps_per_epoch
     pytorch.Trainer(trial, context).fit(
         max_length=pytorch.Batch(trial.stop),
         validation_period=_every(validation, offset, trial.stop),
@@ -111,7 +111,7 @@ def run_local(
     """
     hparams = dict(config["hyperparameters"])
     if hparams["backend"] == "local":  # the working directory changes below
-        hparams["data_dir"] = str(Path(fetch_tiles(hparams)).resolve())
+        hparams["data_dir"] = fetch_tiles(hparams)
     hparams["init_checkpoint"] = absolute_init(hparams.get("init_checkpoint"))
     start = steps_done(resume) if resume else 0
     last = str(Path(resume).resolve()) if resume else None
@@ -137,7 +137,7 @@ def run_local(
         fit_trial(
             context, trial, hparams, last, start, test_mode, checkpoint_policy="all"
         )
-        return trial.metrics, folder / str(trial.checkpoint)
+        return trial.run.metrics, folder / str(trial.checkpoint)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 # What may differ when a run goes on: it changes where and how, and no number
 FREE = {"output_dir", "data_path", "workers", "cache", "device"}
 FREE |= {"save_steps", "tensorboard"}
@@ -38,6 +39,7 @@ class TrainConfig:
     weight_decay: float = 0.05  # on matrices and kernels; never on norms and biases
     lr_scheduler: str = "cosine"  # to 1 % of lr; or "multistep"
     lr_steps: list[float] = field(default_factory=lambda: [16, 22])  # epochs, multistep
+    lr_milestones: list[int] | None = None  # the same in steps; instead of lr_steps
     lr_gamma: float = 0.1  # factor at each of lr_steps
     warmup: float = 0.05  # share of the steps with a linearly rising rate
     clip_grad: float = 10.0  # largest norm of the gradient; 0 for none
@@ -56,6 +58,16 @@ class TrainConfig:
     device: str | None = None  # "cpu", "cuda"; a GPU if there is one
     tile_size: int = 300  # of the tiles: finds the files, goes into the checkpoint
     overlap: float = 0.2
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range that nothing else would refuse."""
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in 0..1, below 1, got {self.ema!r}")
+        if self.best_metric not in BEST_METRICS:
+            raise ValueError(
+                f"best_metric must be one of {', '.join(BEST_METRICS)}, "
+                f"got {self.best_metric!r}"
+            )
 
     def split(self, name: str) -> tuple[Path, Path]:
         """(folder of tiles, COCO file) of "train" or "val" below data_path."""
@@ -90,27 +102,27 @@ def parse_args(arguments: list[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(
         "e2e_utils.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    hints = typing.get_type_hints(TrainConfig)
-    required = ("data_path", "output_dir")
+    hints, defaults = typing.get_type_hints(TrainConfig), TrainConfig("", "")
     for option in fields(TrainConfig):
-        flag = "--" + option.name.replace("_", "-")
-        default = TrainConfig("", "").__dict__[option.name]
-        kinds = [k for k in typing.get_args(hints[option.name]) if k is not type(None)]
-        if option.name in required:
-            parser.add_argument(flag, required=True)
-        elif str in kinds and isinstance(default, bool):  # --cache, --cache disk
-            parser.add_argument(
-                flag, default=default, nargs="?", const=True, metavar="WHERE"
-            )
-        elif isinstance(default, bool):
-            parser.add_argument(
-                flag, default=default, action=argparse.BooleanOptionalAction
-            )
-        elif isinstance(default, list):
-            parser.add_argument(flag, default=default, nargs="+", type=int)
-        elif isinstance(default, dict):
-            parser.add_argument(flag, default=default, type=json.loads, metavar="JSON")
-        else:
-            kind = kinds[0] if kinds else hints[option.name]
-            parser.add_argument(flag, default=default, type=kind)
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            required=option.name in ("data_path", "output_dir"),
+            **_flag(hints[option.name], getattr(defaults, option.name)),
+        )
     return TrainConfig(**vars(parser.parse_args(arguments)))
+
+
+def _flag(hint: typing.Any, default: typing.Any) -> dict[str, typing.Any]:
+    """How argparse reads a field of that type."""
+    kinds = [k for k in typing.get_args(hint) or [hint] if k is not type(None)]
+    if kinds == [bool]:
+        how: dict = {"action": argparse.BooleanOptionalAction}
+    elif bool in kinds:  # --cache, --cache disk
+        how = {"nargs": "?", "const": True, "metavar": "WHERE"}
+    elif isinstance(default, dict):
+        how = {"type": json.loads, "metavar": "JSON"}
+    elif list in [typing.get_origin(kind) for kind in (hint, *kinds)]:
+        how = {"nargs": "+", "type": int}
+    else:
+        how = {"type": kinds[0]}
+    return {"default": default, **how}

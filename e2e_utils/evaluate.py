@@ -23,6 +23,13 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import nn
 
 AREAS = ("all", "small", "medium", "large")
+# what the searcher of a platform may name as its metric -> the key of `coco_metrics`
+METRICS = {
+    "mAP": "AP",
+    "mAP_50": "AP50",
+    "mAP_75": "AP75",
+    **{f"mAP_{area}": f"AP_{area}" for area in AREAS[1:]},
+}
 
 
 @torch.inference_mode()
@@ -192,6 +199,12 @@ def coco_metrics(
             for index, area in enumerate(AREAS[1:], start=1)
         }
     return metrics
+
+
+def searcher_metrics(metrics: dict) -> dict[str, float]:
+    """COCO's figures by the names of `METRICS`, those that have ground truth."""
+    table = {name: metrics.get(key) for name, key in METRICS.items()}
+    return {name: value for name, value in table.items() if value is not None}
 
 
 def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

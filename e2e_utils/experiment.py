@@ -1,11 +1,13 @@
-"""A trial's hyperparameters, and its tiles: what model_def.py is told.
+"""An experiment YAML of Determined as a TrainConfig; where its tiles are.
 
-Copy: this file, config.py, hardware.py, storage.py and xview_classes.json.
+Determined and Ray read the same files by it.
 
-Hyperparameters are the fields of `e2e_utils.train.TrainConfig` that say how to train
-(model, settings, optimizer, lr, seed, ...) under their own names, and these:
+Copy: this file, config.py, hardware.py and storage.py.
 
-    global_batch_size     tiles a step over all slots; an equal share for each
+Hyperparameters are the fields of `TrainConfig` that say how to train (model, settings,
+optimizer, lr, seed, ...) under their own names, and these:
+
+    global_batch_size     tiles a step over all processes; an equal share for each
     max_batches           length of the run and of its learning rate schedule
     validation_batches    validate this often (once an epoch if absent)
     checkpoint_batches    save this often besides (never if absent)
@@ -21,42 +23,34 @@ every machine sees.
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import yaml
 
 from .config import TrainConfig
 from .hardware import AMP
 
-# What Determined decides or this trial measures in batches, and so is no hyperparameter
-_NOT_HERE = {"data_path", "output_dir", "steps", "epochs", "batch_size", "eval_steps"}
-_NOT_HERE |= {"save_steps", "tensorboard", "best_metric"}
-# What the loop of e2e_utils.train does and this trial does not: refused, not ignored
-_NOT_HERE |= {"ema", "compile", "scale_lr", "repeat_threshold"}
-_NOT_HERE |= {"aspect_ratio_group_factor"}
-_TRAIN_KEYS = {f.name for f in fields(TrainConfig)} - _NOT_HERE - {"device"}
-_REQUIRED = {"global_batch_size", "max_batches", "backend"}
-_OPTIONAL = {"validation_batches", "checkpoint_batches", "warmup_batches"}
-_OPTIONAL |= {"lr_step_batches", "data_dir", "cache_dir"}
-HYPERPARAMETERS = tuple(sorted(_TRAIN_KEYS | _REQUIRED | _OPTIONAL))
-
-_SCHEMES = {"aws": "s3://", "gcs": "gs://"}
-
-# What a searcher may name as its metric -> its key in e2e_utils.evaluate.coco_metrics
-METRICS = {
-    "mAP": "AP",
-    "mAP_50": "AP50",
-    "mAP_75": "AP75",
-    "mAP_small": "AP_small",
-    "mAP_medium": "AP_medium",
-    "mAP_large": "AP_large",
+# names of an experiment -> fields of TrainConfig
+_BATCHES = {
+    "max_batches": "steps",
+    "validation_batches": "eval_steps",
+    "checkpoint_batches": "save_steps",
+    "lr_step_batches": "lr_milestones",
 }
+# what the platform decides, or what has another name here
+_NOT_HERE = {"data_path", "output_dir", "epochs", "batch_size", "tensorboard"}
+_NOT_HERE |= {"best_metric", "device", *_BATCHES.values()}
+_TRAIN_KEYS = {f.name for f in fields(TrainConfig)} - _NOT_HERE
+_REQUIRED = {"global_batch_size", "max_batches", "backend"}
+HYPERPARAMETERS = tuple(
+    sorted(
+        {*_TRAIN_KEYS, *_REQUIRED, *_BATCHES, "warmup_batches", "data_dir", "cache_dir"}
+    )
+)
+_EITHER = (("warmup_batches", "warmup"), ("lr_step_batches", "lr_steps"))
+_SCHEMES = {"aws": "s3://", "gcs": "gs://"}
 
 
 def read_experiment(path: str | Path, overrides: list[str] | None = None) -> dict:
@@ -113,54 +107,71 @@ def check_hparams(hparams: dict) -> None:
     missing = sorted(_REQUIRED - set(hparams))
     if missing:
         raise ValueError(f"the hyperparameters lack {', '.join(missing)}")
-    both = [
-        (absolute, relative)
-        for absolute, relative in (
-            ("warmup_batches", "warmup"),
-            ("lr_step_batches", "lr_steps"),
-        )
-        if absolute in hparams and relative in hparams
-    ]
-    if both:
-        raise ValueError(f"give {both[0][0]} or {both[0][1]}, not both")
+    for absolute, relative in _EITHER:
+        if absolute in hparams and relative in hparams:
+            raise ValueError(f"give {absolute} or {relative}, not both")
 
 
-def train_config(hparams: dict, batch_size: int, data_path: str = "") -> TrainConfig:
-    """The TrainConfig that a trial's hyperparameters describe.
+def train_config(
+    hparams: dict, processes: int = 1, data_path: str = "", output_dir: str = ""
+) -> TrainConfig:
+    """The TrainConfig of each process that a trial's hyperparameters describe.
 
     Args:
-        hparams: see the top of this file.
-        batch_size: tiles a step on each slot.
+        hparams: see the top of this file; one value each.
+        processes: that share global_batch_size.
         data_path: folder of the tiles on this machine.
+        output_dir: of the run.
 
     Raises:
-        ValueError: as `check_hparams`, or no such amp.
+        ValueError: as `check_hparams`, a global_batch_size that cannot be divided, or
+            no such amp.
     """
     check_hparams(hparams)
-    steps = hparams["max_batches"]
+    batch_size, rest = divmod(hparams["global_batch_size"], processes)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {hparams['global_batch_size']} does not divide equally "
+            f"among {processes} processes"
+        )
     values = {key: hparams[key] for key in _TRAIN_KEYS if key in hparams}
+    values |= {new: hparams[key] for key, new in _BATCHES.items() if key in hparams}
     if isinstance(values.get("amp"), bool):  # on and off are booleans in YAML
         values["amp"] = "on" if values["amp"] else "off"
     if values.get("amp", "auto") not in AMP:
         raise ValueError(f"amp must be one of {', '.join(AMP)}, got {values['amp']!r}")
     if "warmup_batches" in hparams:
-        values["warmup"] = hparams["warmup_batches"] / steps
-    if "lr_step_batches" in hparams:
-        values["lr_steps"] = hparams["lr_step_batches"]
-    return TrainConfig(data_path, "", steps=steps, batch_size=batch_size, **values)
+        values["warmup"] = hparams["warmup_batches"] / hparams["max_batches"]
+    return TrainConfig(data_path, output_dir, batch_size=batch_size, **values)
 
 
-def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
+def fetch_tiles(hparams: dict, scratch: str | Path = "", local_rank: int = 0) -> str:
     """The folder of the tiles on this machine, fetched first if they are in a bucket.
+
+    Args:
+        hparams: backend, data_dir and cache_dir are read.
+        scratch: folder for the noise of the backend fake, each process its own.
+        local_rank: of this process on its machine; the first fetches.
 
     Raises:
         ValueError: an unknown backend, or a data_dir that does not fit it.
     """
     backend, where = hparams["backend"], str(hparams.get("data_dir") or "")
+    if backend == "fake":
+        from sample_data.noise import write_noise_tiles  # nobody else needs it
+
+        config = train_config(hparams, data_path=str(scratch))
+        splits = {split: config.split(split) for split in ("train", "val")}
+        write_noise_tiles(splits, config.tile_size)
+        if not local_rank:
+            print("backend fake: noise with rectangles, the figures mean nothing")
+        return str(scratch)
     if backend == "local":
         if not where or "://" in where:
             raise ValueError(f"backend local needs a folder as data_dir, got {where!r}")
-        return where
+        return str(
+            Path(where).resolve()
+        )  # who runs it may change the working directory
     if backend not in _SCHEMES:
         valid = ", ".join(["local", "fake", *_SCHEMES])
         raise ValueError(f"backend must be one of {valid}, got {backend!r}")
@@ -171,7 +182,7 @@ def fetch_tiles(hparams: dict, local_rank: int = 0) -> str:
         )
     if not hparams.get("cache_dir"):
         raise ValueError(f"backend {backend} needs cache_dir, a folder for the tiles")
-    if local_rank == 0:  # once a machine, whatever the number of its slots
+    if local_rank == 0:  # once a machine, whatever the number of its processes
         from .storage import sync  # its libraries are needed here alone
 
         sync(where, hparams["cache_dir"])
@@ -197,45 +208,3 @@ def absolute_init(value: Any) -> Any:
             f"init_checkpoint must be a file that every machine sees, got {value!r}"
         )
     return str(Path(value).resolve())
-
-
-def write_fake_tiles(folder: str | Path, config: TrainConfig, tiles: int = 8) -> None:
-    """Noise with bright rectangles, as COCO tiles: proves that a trial runs, no more.
-
-    Writes the two splits that `TrainConfig.split` names, `tiles` and `tiles // 2` of
-    them, with two xView classes that mean nothing here.
-    """
-    listed = resources.files("e2e_utils").joinpath("xview_classes.json").read_text()
-    classes = json.loads(listed)["classes"]
-    rng, size = np.random.default_rng(0), config.tile_size
-    for split, count in (("train", tiles), ("val", max(2, tiles // 2))):
-        image_dir, json_path = TrainConfig(
-            str(folder), "", tile_size=size, overlap=config.overlap
-        ).split(split)
-        image_dir.mkdir(parents=True)
-        coco: dict[str, list] = {"images": [], "annotations": [], "categories": []}
-        for index, entry in enumerate(classes):
-            coco["categories"].append({"id": index, "name": entry["name"]})
-        for image_id in range(count):
-            image = rng.integers(60, 120, (size, size, 3), dtype=np.uint8)
-            for _ in range(4):
-                w, h = (int(v) for v in rng.integers(12, 40, 2))
-                x, y = (int(v) for v in rng.integers(0, size - 40, 2))
-                category = int(rng.integers(0, 2))
-                image[y : y + h, x : x + w] = (40, 40, 230) if category else 220
-                coco["annotations"].append(
-                    {
-                        "id": len(coco["annotations"]) + 1,
-                        "image_id": image_id,
-                        "category_id": category,
-                        "bbox": [x, y, w, h],
-                        "area": w * h,
-                        "iscrowd": 0,
-                    }
-                )
-            name = f"fake_{split}_{image_id}.jpg"
-            cv2.imwrite(str(image_dir / name), image)
-            coco["images"].append(
-                {"id": image_id, "file_name": name, "width": size, "height": size}
-            )
-        json_path.write_text(json.dumps(coco))

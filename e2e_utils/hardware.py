@@ -77,10 +77,7 @@ def native_precisions(device: torch.device) -> tuple[str, ...]:
     bf16 = fp16 = False
     if device.type == "cuda":
         with torch.cuda.device(device):
-            try:
-                bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            except TypeError:  # torch before 2.5 knows no emulation
-                bf16 = torch.cuda.is_bf16_supported()
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         fp16 = torch.cuda.get_device_capability(device) >= (7, 0)  # from Volta on
     elif device.type == "cpu":
         bf16 = _cpu_has_bf16()

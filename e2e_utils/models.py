@@ -50,8 +50,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-CHECKPOINT_KEYS = ("model", "architecture", "settings", "class_names")
-
 # Stage outputs at strides 4, 8, 16, 32 of the backbones that torchvision ships
 # without a detector: index in `.features` -> channels.
 _STAGES = {
@@ -599,91 +597,3 @@ def build_model(
         _train_last(model.backbone, layers)
     boxes_in_float32(model)
     return model
-
-
-def model_from_checkpoint(
-    path: str | os.PathLike, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint file, in evaluation mode, and what describes it.
-
-    Args:
-        path: a file written by `e2e_utils.train` or `kserve_utils.export`.
-        device: where the weights go.
-
-    Returns:
-        (model, meta): meta is the checkpoint without its weights and optimizer state:
-        architecture, settings, class_names (index = label), tile_size, overlap, and
-        what else the checkpoint says.
-
-    Raises:
-        ValueError: not such a checkpoint; the message names the file and what lacks.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch's unpickler raises whatever the bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    keys = set(checkpoint) if isinstance(checkpoint, dict) else set()
-    missing = [key for key in CHECKPOINT_KEYS if key not in keys]
-    if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: it was not written by e2e_utils.train "
-            f"(its keys: {', '.join(map(str, sorted(keys, key=str)))[:200]})"
-        )
-    model = build_model(
-        checkpoint["architecture"],
-        len(checkpoint["class_names"]),
-        **checkpoint["settings"],
-    )
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {path} do not fit {checkpoint['architecture']} with "
-            f"{len(checkpoint['class_names'])} classes: {str(error)[:300]}"
-        ) from error
-    heavy = ("model", "trained", "optimizer", "scheduler", "scaler", "unreported")
-    meta = {key: value for key, value in checkpoint.items() if key not in heavy}
-    return model.to(device).eval(), meta
-
-
-def start_from(
-    model: nn.Module,
-    path: str | os.PathLike,
-    architecture: str,
-    class_names: list[str],
-) -> None:
-    """Give a model the weights of a checkpoint, to train on from there.
-
-    Args:
-        model: of `build_model`, in place.
-        path: a file that `model_from_checkpoint` reads.
-        architecture: the model's name.
-        class_names: of its labels, in their order.
-
-    Raises:
-        ValueError: not such a checkpoint, or one of another architecture, other
-            classes, or other settings that change a weight's shape.
-    """
-    learned, meta = model_from_checkpoint(path)
-    if meta["architecture"] != architecture:
-        raise ValueError(
-            f"init_checkpoint {path} holds architecture {meta['architecture']}, "
-            f"the run wants {architecture}"
-        )
-    there = list(meta["class_names"])
-    if there != class_names:
-        pairs = zip(there, class_names, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        what = f"{len(there)} classes, the run has {len(class_names)}"
-        if first is not None:
-            what = f"{there[first]!r} as label {first}, the run {class_names[first]!r}"
-        raise ValueError(f"init_checkpoint {path} has {what}")
-    try:
-        model.load_state_dict(learned.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"init_checkpoint {path} was trained with other settings: {error}"[:400]
-        ) from error

@@ -10,29 +10,79 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from .config import TrainConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices and kernels only."""
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, world_size: int = 1
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay on matrices and kernels only.
+
+    Args:
+        model: those of its parameters that learn.
+        config: of the run.
+        world_size: processes that train together; scale_lr multiplies the rate by it.
+
+    Raises:
+        ValueError: no such optimizer.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict] = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    lr = config.lr * (world_size if config.scale_lr else 1)
+    options: dict = {"lr": lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(groups, **options, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        return torch.optim.SGD(groups, **options, momentum=config.momentum)
     raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {config.optimizer!r}")
+
+
+def lr_factor(
+    config: TrainConfig, steps: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """What multiplies the learning rate at a step, for `LambdaLR`.
+
+    Args:
+        config: its lr_milestones are steps; without them lr_steps are epochs.
+        steps: length of the run.
+        steps_per_epoch: of this run.
+
+    Raises:
+        ValueError: no such lr_scheduler.
+    """
+    if config.lr_scheduler not in ("cosine", "multistep"):
+        raise ValueError(
+            f"lr_scheduler must be 'cosine' or 'multistep', got {config.lr_scheduler!r}"
+        )
+    warmup = round(config.warmup * steps)
+    milestones = config.lr_milestones
+    if milestones is None:
+        milestones = [math.ceil(epoch * steps_per_epoch) for epoch in config.lr_steps]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.lr_scheduler == "multistep":
+            return config.lr_gamma ** sum(step >= one for one in milestones)
+        progress = (step - warmup) / max(1, steps - warmup)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    steps: int,
+    steps_per_epoch: int,
+) -> LambdaLR:
+    """The learning rate's schedule, to be stepped after each step of the optimizer."""
+    return LambdaLR(optimizer, lr_factor(config, steps, steps_per_epoch))
 
 
 @torch.no_grad()
@@ -50,23 +100,3 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
             mean.lerp_(values[key], weight)
         else:
             mean.copy_(values[key])
-
-
-def lr_factor(config: TrainConfig, steps: int, steps_per_epoch: int) -> Callable:
-    """What multiplies the learning rate at a step, for `LambdaLR`."""
-    if config.lr_scheduler not in ("cosine", "multistep"):
-        raise ValueError(
-            f"lr_scheduler must be 'cosine' or 'multistep', got {config.lr_scheduler!r}"
-        )
-    warmup = round(config.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if config.lr_scheduler == "multistep":
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.lr_steps)
-            return config.lr_gamma**passed
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
-
-    return factor

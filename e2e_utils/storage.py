@@ -1,47 +1,49 @@
-"""Copy: this file.
-
-Folders to and from object storage, by one URL for every place: a path or file://,
-s3://bucket/prefix, gs://bucket/prefix, az://account/container/prefix.
+"""Folders to and from object storage, by one URL: a path, file://, s3://, gs://, az://.
 
     python -m e2e_utils.storage upload --local_dir tiles --url s3://bucket/xview
     python -m e2e_utils.storage sync --url s3://bucket/xview --local_dir tiles
 
-Credentials come from the environment, as each cloud names them: AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL_S3; GOOGLE_APPLICATION_CREDENTIALS;
-AZURE_STORAGE_ACCOUNT_KEY. For anything else, such as profiles, give an obstore store in
-place of the URL.
+Settings come from the environment, as each cloud names them: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL_S3, AWS_SKIP_SIGNATURE=true for a
+public bucket; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_KEY. For others
+give `open_store(url, ...)`, or any store of obstore, in place of the URL.
 
-obstore runs threads that do not survive a fork: a forked child would hang in its first
-call, so it is refused here. Start worker processes with "spawn" or "forkserver".
+Copy: this file and files.py.
 """
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import unquote, urlparse
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
 
 import obstore
-from obstore import exceptions
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
-PART = 8 << 20  # bytes of a multipart upload's part; decides its ETag
-INDEX = "shards.json"
-DENIED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-FINAL = r"status code: 4(?!08|29)\d\d"  # no use to try again
-_pid: list[int] = []  # the process that first used obstore
+from .files import atomic_path
+
+Url = str | Path | ObjectStore
+Stamps = dict[str, list[float]]  # name -> [bytes, time of modification in s, to 1 ms]
+Objects = dict[str, Stamps]  # name of an object -> the files that are in it
+TARS = ".tars/"  # hidden, so never the name of a file that was uploaded as it is
+INDEX = f"{TARS}index.json"  # the Objects that are tars
+# http:// only where an endpoint says so; the time is for one part on a slow line
+CLIENT: Any = {"allow_http": True, "timeout": timedelta(minutes=10)}
+RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(hours=1)}
+FAULTS = (BaseError, FileNotFoundError, EOFError, ValueError, tarfile.TarError)
+_process: dict[str, int] = {}
 
 
 class StorageError(RuntimeError):
@@ -50,204 +52,55 @@ class StorageError(RuntimeError):
 
 @dataclass
 class TransferReport:
-    """Files moved and files left alone because they were there, with their bytes."""
+    """Objects moved, and objects left alone because they were there; a tar is one."""
 
-    moved: int = 0
-    skipped: int = 0
-    bytes_moved: int = 0
-    seconds: float = 0.0
+    moved: int
+    skipped: int
+    bytes_moved: int
+    seconds: float
 
     def __str__(self) -> str:
         megabytes = self.bytes_moved / 1e6
-        rate = megabytes / max(self.seconds, 1e-9)
-        return (
-            f"{self.moved} files moved ({megabytes:.1f} MB, {rate:.1f} MB/s), "
-            f"{self.skipped} already there"
-        )
+        moved = f"{megabytes:.1f} MB, {megabytes / self.seconds:.1f} MB/s"
+        return f"{self.moved} files moved ({moved}), {self.skipped} already there"
 
 
-def open_store(
-    url: str | Path | ObjectStore,
-    *,
-    endpoint: str | None = None,
-    anonymous: bool = False,
-    retries: int = 5,
-) -> ObjectStore:
-    """Open the place a URL names.
+def open_store(url: Url, **options: Any) -> ObjectStore:
+    """Open the folder or bucket that a URL names.
+
+    obstore sends requests again after a 5xx, a timeout or a lost connection, and
+    resumes downloads that break off, up to five times an object.
 
     Args:
         url: see the module; or a store of obstore, which is returned as it is.
-        endpoint: address of the service if it is not the cloud's own, such as
-            http://127.0.0.1:9000 for MinIO. s3:// and az:// only.
-        anonymous: send no credentials, for public buckets.
-        retries: times that a request is sent again after a 5xx, a timeout or a lost
-            connection, with growing pauses.
+        options: settings of the store as obstore calls them, such as `endpoint` (for
+            MinIO "http://127.0.0.1:9000"), `region` or `skip_signature`.
 
     Raises:
         ValueError: the URL is of an unknown kind.
-        RuntimeError: in a forked child of a process that used obstore before.
+        RuntimeError: in a forked child of a process that used obstore before. The
+            threads of obstore do not survive a fork: the child would hang.
     """
-    if _pid and _pid[0] != os.getpid():
-        raise RuntimeError(
-            "obstore was used before this process was forked and would hang now; "
-            "start processes with the 'spawn' or 'forkserver' method"
-        )
-    _pid[:] = [os.getpid()]
+    if _process.setdefault("first", os.getpid()) != os.getpid():
+        raise RuntimeError("obstore hangs in a forked process; start it with 'spawn'")
     if not isinstance(url, str | Path):
         return url
-    parts = urlparse(str(url))
-    if isinstance(url, Path) or parts.scheme in ("", "file"):
-        path = url if isinstance(url, Path) or not parts.scheme else unquote(parts.path)
-        return LocalStore(os.path.abspath(path), mkdir=True)
-    if parts.scheme == "memory":
-        raise ValueError(
-            f"{url}: give obstore.store.MemoryStore() itself, it has no URL"
-        )
-    if parts.scheme not in ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss"):
+    if "://" not in str(url):
+        return LocalStore(Path(url).absolute(), mkdir=True)
+    if str(url).startswith("file://"):
+        return LocalStore.from_url(str(url), mkdir=True)
+    if not re.match("(s3a?|gs|az|azure|abfss?)://", str(url)):
         raise ValueError(f"{url}: give a path, file://, s3://, gs:// or az:// URL")
-    options: dict[str, Any] = {"skip_signature": True} if anonymous else {}
-    if endpoint:
-        options["endpoint"] = endpoint
-    named = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3", "")
-    named = named or os.environ.get("AWS_ENDPOINT_URL", "")
-    return from_url(
-        str(url),
-        client_options={"allow_http": named.startswith("http://")},
-        retry_config={
-            "max_retries": retries,
-            "backoff": {"max_backoff": timedelta(seconds=5)},
-            "retry_timeout": timedelta(minutes=2),
-        },
-        **options,
-    )
-
-
-def _listing(store: ObjectStore) -> dict[str, dict[str, Any]]:
-    metas = (meta for batch in obstore.list(store) for meta in batch)
-    found = {meta["path"]: dict(meta) for meta in metas}
-    for path in found:
-        if ".." in PurePosixPath(path).parts or path.startswith("/"):
-            raise StorageError(f"object {path!r} would be written outside the folder")
-    return found
-
-
-def _is_same(file: Path, meta: dict[str, Any], checksum: bool, upload: bool) -> bool:
-    """Whether a file and an object are equal: size, then MD5 or else age.
-
-    The ETag of S3 and GCS is the MD5 of the content, or, ending in "-N", of the MD5s of
-    its N parts, which another program may have cut elsewhere.
-    """
-    if not file.is_file() or file.stat().st_size != meta["size"]:
-        return False
-    etag = re.fullmatch(r'"?([0-9a-f]{32})(-\d+)?"?', meta["e_tag"] or "")
-    if checksum and etag:
-        same = _etag(file, bool(etag[2])) == etag[0].strip('"')
-        if same or upload or not etag[2]:
-            return same
-    age = file.stat().st_mtime - meta["last_modified"].timestamp()
-    return age < 1e-3 if upload else age > -1e-3
-
-
-def _etag(file: Path, multipart: bool) -> str:
-    sums = []
-    with open(file, "rb") as content:
-        while part := content.read(PART):
-            sums.append(hashlib.md5(part, usedforsecurity=False))
-    if multipart:
-        joined = b"".join(part.digest() for part in sums)
-        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(sums)}"
-    whole = hashlib.md5(usedforsecurity=False)
-    with open(file, "rb") as content:
-        while part := content.read(PART):
-            whole.update(part)
-    return whole.hexdigest()
-
-
-def _again(what: str, action: Callable[[], object], retries: int) -> None:
-    """Do, and do again after a fault that may pass, such as a download cut short."""
-    for attempt in range(retries + 1):
-        try:
-            action()
-            return
-        except (exceptions.BaseError, StorageError) as error:
-            reason = " ".join(str(error).split())[:400]
-            if isinstance(error, DENIED) or re.search("status code: 40[13]", reason):
-                reason = f"refused, check the credentials and their rights: {reason}"
-            elif not re.search(FINAL, reason) and attempt < retries:
-                time.sleep(min(5, 0.1 * 2**attempt))
-                continue
-            raise StorageError(f"{what}: {type(error).__name__}: {reason}") from error
-    return None
-
-
-def _in_threads(
-    jobs: list[Any], work: Callable[[Any], int], workers: int, progress: bool, what: str
-) -> TransferReport:
-    """Run `work` on every job; it returns the bytes moved, or -1 for skipped."""
-    report, start = TransferReport(), time.perf_counter()
-    bar = tqdm(total=len(jobs), desc=what, unit="file", disable=not progress)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for done in as_completed([pool.submit(work, job) for job in jobs]):
-            size = done.result()
-            report.moved += size >= 0
-            report.skipped += size < 0
-            report.bytes_moved += max(size, 0)
-            bar.update()
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-    report.seconds = time.perf_counter() - start
-    return report
-
-
-def _visible(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder")
-    files = (f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
-    return sorted(f for f in files if not any(part[0] == "." for part in f.parts))
-
-
-def _shards(folder: Path, files: list[Path], size: float) -> Iterator[list[Path]]:
-    """Group files, in order, into lists of at most `size` bytes (or of one file)."""
-    group: list[Path] = []
-    held = 0
-    for file in files:
-        nbytes = (folder / file).stat().st_size
-        if group and held + nbytes > size:
-            yield group
-            group, held = [], 0
-        group.append(file)
-        held += nbytes
-    if group:
-        yield group
-
-
-def _pack(folder: Path, files: list[Path], target: Path) -> None:
-    """Write a tar that is the same for the same files, so that its ETag is too."""
-    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
-        for file in files:
-            info = tarfile.TarInfo(file.as_posix())
-            info.size = (folder / file).stat().st_size
-            with open(folder / file, "rb") as content:
-                tar.addfile(info, content)
-    newest = max((folder / file).stat().st_mtime for file in files)
-    os.utime(target, (newest, newest))
+    return from_url(str(url), client_options=CLIENT, retry_config=RETRY, **options)
 
 
 def upload(
-    local_dir: str | Path,
-    url: str | Path | ObjectStore,
-    *,
-    shard_mb: float | None = None,
-    workers: int = 16,
-    checksum: bool = True,
-    endpoint: str | None = None,
-    anonymous: bool = False,
-    retries: int = 5,
-    progress: bool = True,
+    local_dir: str | Path, url: Url, *, shard_mb: float | None = None, workers: int = 16
 ) -> TransferReport:
     """Copy a folder to object storage; what is there already is skipped.
+
+    An object is there already if it has the file's size and is not older. A file that
+    was exchanged for an older one of the same size (`cp -p`) needs a `touch`.
 
     Objects appear whole or not at all, so an upload that was killed is continued by
     the same call. Nothing is deleted. Hidden files and folders stay at home.
@@ -255,15 +108,10 @@ def upload(
     Args:
         local_dir: the folder.
         url: where to, see the module.
-        shard_mb: pack the files into tars of about so many megabytes, which move a
-            hundred times faster than small files; `sync` unpacks them.
+        shard_mb: pack the files into tars of about so many megabytes, which move much
+            faster than small files; `sync` unpacks them. The name of a tar stands for
+            the names, sizes and times of its files: where one changed, it is a new tar.
         workers: transfers at a time.
-        checksum: compare by the MD5 in the ETag where there is one. False compares
-            size and age; needed where the bucket encrypts with KMS.
-        endpoint: see `open_store`.
-        anonymous: see `open_store`.
-        retries: see `open_store`.
-        progress: show a progress bar.
 
     Returns:
         TransferReport; print it.
@@ -272,160 +120,158 @@ def upload(
         StorageError: refused, or still failing after the retries; names the object.
         OSError: `local_dir` is no folder, or a file cannot be read.
     """
-    folder, files = Path(local_dir), _visible(Path(local_dir))
-    store = open_store(url, endpoint=endpoint, anonymous=anonymous, retries=retries)
-    there: dict[str, dict[str, Any]] = {}
-    _again(str(url), lambda: there.update(_listing(store)), retries)
+    folder, store = Path(local_dir), open_store(url)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder")
+    there, found = _remote_stamps(url, store), _local_stamps(folder)
+    files = {name: found[name] for name in found if not re.search(r"(^|/)\.", name)}
 
-    def put(name: str, file: Path) -> int:
-        if name in there and _is_same(file, there[name], checksum, upload=True):
-            return -1
-        send = lambda: obstore.put(store, name, file, chunk_size=PART)  # noqa: E731
-        _again(f"{url}: upload of {name}", send, retries)
-        return file.stat().st_size
+    def put(name: str) -> None:
+        with _named(f"{url}: upload of {name}"):
+            obstore.put(store, name, folder / name)
+
+    def put_tar(name: str) -> None:
+        with _named(f"{url}: upload of {name}"), tempfile.TemporaryFile() as tar:
+            _pack(folder, tars[name], tar)
+            obstore.put(store, name, tar)
 
     if shard_mb is None:
-        send = lambda file: put(file.as_posix(), folder / file)  # noqa: E731
-        return _in_threads(files, send, workers, progress, "upload")
-
-    groups = list(_shards(folder, files, shard_mb * 1e6))
-    names = [f"shard-{i:05}-of-{len(groups):05}.tar" for i in range(len(groups))]
-    with tempfile.TemporaryDirectory() as beside:
-
-        def put_shard(job: tuple[str, list[Path]]) -> int:
-            tar = Path(beside, job[0])
-            _pack(folder, job[1], tar)
-            try:
-                return put(job[0], tar)
-            finally:
-                tar.unlink()
-
-        jobs = list(zip(names, groups, strict=True))
-        report = _in_threads(jobs, put_shard, min(workers, 4), progress, "upload")
-        index = Path(beside, INDEX)
-        index.write_text(json.dumps(names))
-        os.utime(index, (0, 0))  # the names say all: of equal size is equal
-        put(INDEX, index)  # last: an index names only shards that are there
+        if INDEX in there:
+            raise StorageError(f"{url}: {TARS} is there; give shard_mb or another URL")
+        loose = {name: {name: stamp} for name, stamp in files.items()}
+        same = {n for n in files if n in there and there[n][0] == files[n][0]}
+        current = {n for n in same if there[n][1] >= files[n][1]}
+        return _in_threads("upload", put, loose, current, workers)
+    tars = _tars(files, shard_mb * 1e6)
+    report = _in_threads("upload", put_tar, tars, set(there), min(workers, 4))
+    with _named(f"{url}: upload of {INDEX}"):  # last: what it lists is there
+        obstore.put(store, INDEX, json.dumps(tars).encode())
     return report
 
 
-def sync(
-    url: str | Path | ObjectStore,
-    local_dir: str | Path,
-    *,
-    workers: int = 16,
-    checksum: bool = True,
-    endpoint: str | None = None,
-    anonymous: bool = False,
-    retries: int = 5,
-    progress: bool = True,
-) -> TransferReport:
+def sync(url: Url, local_dir: str | Path, *, workers: int = 16) -> TransferReport:
     """Copy a folder from object storage; what is there already is skipped.
 
-    Files appear whole or not at all, checked by size and, where the ETag is one, MD5.
-    Tars of `upload(shard_mb=...)` are unpacked. Nothing is deleted.
+    A file is there already if it has the size and the time that `sync` gave it: those
+    of the object, or, out of a tar, those of the file that was packed. Any other is
+    overwritten. S3 tells times in whole seconds: of two objects of the same size that
+    were written in one second, the first may be taken for the second.
+
+    Files appear whole or not at all. Nothing is deleted. Where tars were uploaded, they
+    alone count.
 
     Args:
         url: where from, see the module.
         local_dir: made if it is not there.
         workers: transfers at a time.
-        checksum: compare by the MD5 in the ETag where there is one. False compares
-            size and age; needed where the bucket encrypts with KMS.
-        endpoint: see `open_store`.
-        anonymous: see `open_store`.
-        retries: see `open_store`.
-        progress: show a progress bar.
 
     Returns:
-        TransferReport; a tar counts as one file. Print it.
+        TransferReport; print it.
 
     Raises:
         StorageError: refused, nothing there, or still failing after the retries.
         OSError: the disk is full or not writable.
     """
-    folder = Path(local_dir)
-    store = open_store(url, endpoint=endpoint, anonymous=anonymous, retries=retries)
-    there: dict[str, dict[str, Any]] = {}
-    _again(str(url), lambda: there.update(_listing(store)), retries)
-    if not there:
+    folder, store = Path(local_dir), open_store(url)
+    there, files = _remote_stamps(url, store), _local_stamps(folder)
+    with _named(f"{url}: download of {INDEX}"):
+        index = bytes(obstore.get(store, INDEX).bytes()) if INDEX in there else "{}"
+        tars: Objects = json.loads(index)
+    objects = tars or {n: {n: there[n]} for n in there if not n.startswith(TARS)}
+    if not objects:
         raise StorageError(f"{url}: nothing is there")
-    folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch(name: str, file: Path) -> None:
-        meta = there[name]
+    def get(name: str) -> None:
+        with _named(f"{url}: download of {name}"):
+            if name in tars:
+                _unpack(obstore.open_reader(store, name), folder, tars[name])
+            else:
+                _write(folder / name, obstore.get(store, name).stream(), there[name])
 
-        def attempt() -> None:
-            with open(file, "wb") as content:
-                for chunk in obstore.get(store, name).stream():
-                    content.write(chunk)
-            seen = meta["last_modified"].timestamp()
-            os.utime(file, (seen, seen))
-            if not _is_same(file, meta, checksum, upload=False):
-                size = file.stat().st_size
-                raise StorageError(f"{size} of {meta['size']} bytes, or another MD5")
-
-        _again(f"{url}: download of {name}", attempt, retries)
-
-    def get(name: str) -> int:
-        target, meta = folder / name, there[name]
-        if _is_same(target, meta, checksum, upload=False):
-            return -1
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            fetch(name, part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-        return meta["size"]
-
-    def get_shard(name: str) -> int:
-        meta, record = there[name], folder / ".shards" / f"{name}.json"
-        version = [meta["size"], meta["e_tag"], str(meta["last_modified"])]
-        if record.exists():
-            old = json.loads(record.read_text())
-            files = ((folder / file, size) for file, size in old["files"].items())
-            whole = all(f.is_file() and f.stat().st_size == size for f, size in files)
-            if old["version"] == version and whole:
-                return -1
-        record.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=record.parent) as beside:
-            fetch(name, Path(beside, "tar"))
-            unpacked = _unpack(Path(beside, "tar"), folder, Path(beside, "file"))
-            done = Path(beside, "record")
-            done.write_text(json.dumps({"version": version, "files": unpacked}))
-            os.replace(done, record)
-        return meta["size"]
-
-    shards: list[str] = []
-    if INDEX in there:
-        with tempfile.TemporaryDirectory() as beside:
-            fetch(INDEX, Path(beside, INDEX))
-            shards = json.loads(Path(beside, INDEX).read_text())
-        if missing := sorted(set(shards).difference(there)):
-            raise StorageError(f"{url}: {INDEX} lists {missing[0]}, which is not there")
-    old = re.compile(r"shard-\d+-of-\d+\.tar")
-    loose = [name for name in there if name != INDEX and not old.fullmatch(name)]
-    work = {name: get_shard for name in shards} | {name: get for name in loose}
-    return _in_threads(
-        list(work), lambda name: work[name](name), workers, progress, "sync"
-    )
+    current = {n for n, inside in objects.items() if inside.items() <= files.items()}
+    return _in_threads("sync", get, objects, current, workers)
 
 
-def _unpack(tar: Path, folder: Path, part: Path) -> dict[str, int]:
-    files = {}
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            path = PurePosixPath(member.name)
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is None or path.is_absolute() or ".." in path.parts:
-                raise StorageError(f"{member.name!r} in a tar is no file of the folder")
-            with open(part, "wb") as target:
-                shutil.copyfileobj(content, target)
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part, folder / path)
-            files[member.name] = member.size
-    return files
+def _local_stamps(folder: Path) -> Stamps:
+    found = ((file.relative_to(folder), file) for file in sorted(folder.rglob("*")))
+    stats = {name.as_posix(): file.stat() for name, file in found if file.is_file()}
+    return {name: [s.st_size, round(s.st_mtime, 3)] for name, s in stats.items()}
+
+
+def _remote_stamps(url: Url, store: ObjectStore) -> Stamps:
+    with _named(f"{url}: list"):
+        return {
+            meta["path"]: [meta["size"], round(meta["last_modified"].timestamp(), 3)]
+            for meta in obstore.list(store).collect()
+        }
+
+
+def _tars(files: Stamps, size: float) -> Objects:
+    """Group files, in order, into tars of about `size` bytes, named by their files."""
+    tars: dict[float, Stamps] = {}
+    end = 0.0
+    for name, stamp in files.items():
+        end += stamp[0]
+        tars.setdefault(end // max(size, 1), {})[name] = stamp
+    return {
+        f"{TARS}{sha256(json.dumps(tar).encode()).hexdigest()}.tar": tar
+        for tar in tars.values()
+    }
+
+
+def _pack(folder: Path, files: Stamps, target: IO[bytes]) -> None:
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        for name in files:
+            member = tarfile.TarInfo(name)
+            member.size = (folder / name).stat().st_size
+            with open(folder / name, "rb") as content:
+                tar.addfile(member, content)
+    target.seek(0)
+
+
+def _unpack(source: Any, folder: Path, files: Stamps) -> None:
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        for member, (name, stamp) in zip(tar, files.items(), strict=True):
+            outside = re.search(r"^/|(^|/)\.\.(/|$)", name)
+            content = tar.extractfile(member)
+            if outside or member.name != name or content is None:
+                raise ValueError(f"{member.name!r} in the tar is no file of the folder")
+            _write(folder / name, iter(partial(content.read, 1 << 20), b""), stamp)
+
+
+def _write(target: Path, chunks: Iterable[bytes], stamp: list[float]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as temporary:
+        with open(temporary, "wb") as file:
+            file.writelines(chunks)
+        if temporary.stat().st_size != stamp[0]:
+            raise EOFError(f"{temporary.stat().st_size} of {stamp[0]} bytes came")
+        os.utime(temporary, (stamp[1], stamp[1]))
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn what a transfer raises, but for errors of the disk, into StorageError."""
+    try:
+        yield
+    except FAULTS as error:
+        reason = " ".join(str(error).split())[:400]
+        # without credentials obstore asks 169.254.169.254, as machines of a cloud may
+        if re.search(r"status code: 40[13]|//169\.254\.", reason):
+            reason = f"refused, check the credentials and their rights: {reason}"
+        raise StorageError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def _in_threads(
+    what: str, work: Callable[[str], None], objects: Objects, done: set, workers: int
+) -> TransferReport:
+    """Run `work` on the name of every object that is not done."""
+    start = time.perf_counter()
+    todo = [name for name in objects if name not in done]
+    thread_map(work, todo, max_workers=workers, desc=what, unit="file")
+    nbytes = sum(int(size) for name in todo for size, _ in objects[name].values())
+    seconds = time.perf_counter() - start
+    return TransferReport(len(todo), len(objects) - len(todo), nbytes, seconds)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from e2e_utils import models
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.hardware import PRECISIONS, find_device, native_precisions
 
 ENGINES = ("torch", "openvino", "onnxruntime")
@@ -202,9 +202,9 @@ def load_eager(
 
     It has seen a square picture: torchvision's pooling of regions takes the scales of
     the feature maps from the first one, and from one of 13 rows it takes wrong ones,
-    for good. Raises what `models.model_from_checkpoint` raises.
+    for good. Raises what `checkpoint.model_from_checkpoint` raises.
     """
-    model, meta = models.model_from_checkpoint(ckpt_path, device)
+    model, meta = model_from_checkpoint(ckpt_path, device)
     side = meta.get("tile_size", 300)
     with torch.inference_mode():
         model.requires_grad_(False)([torch.zeros(3, side, side, device=device)])

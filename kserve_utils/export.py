@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils import models
+from e2e_utils.checkpoint import load_detector, load_file, save_checkpoint
 from e2e_utils.files import atomic_path, write_file
 
 from .engines import DESCRIBES, load_eager
@@ -60,7 +61,7 @@ def strip_checkpoint(
             0.2; there is none for the architecture and the names.
 
     Returns:
-        `new_ckpt_path`, which `models.model_from_checkpoint` reads.
+        `new_ckpt_path`, which `checkpoint.model_from_checkpoint` reads.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -84,39 +85,22 @@ def strip_checkpoint(
             f"{' and '.join(f'{key}=...' for key in missing)} (architecture: one of "
             f"{', '.join(models.MODELS)}; class_names: a list, the background first)"
         )
-    weights = _weights(checkpoint, path)
+    content = {"model": _weights(checkpoint, path), **known}
+    load_detector(content, path)  # it fits, before anyone relies on it
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target) as temporary:
-        with open(temporary, "wb") as file:  # torch puts the name of a path into it
-            torch.save({"model": weights, **known}, file)
-        try:
-            models.model_from_checkpoint(temporary)  # fits, before anyone relies on it
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(temporary), str(path))) from error
+    save_checkpoint(target, content)
     return target
 
 
 def _load(path: Path) -> dict:
     """A checkpoint read as data: tensors, plain Python, numpy arrays, a Namespace."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     # Determined saves numpy's random state, torchvision its arguments
-    harmless: list = [
-        argparse.Namespace,
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.uint32)),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # numpy 1
-    ]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # fed with some other file, an unpickler raises anything
-        lines = [line for line in str(error).splitlines() if "nsupported" in line]
-        reason = (lines or str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+    harmless: list = [argparse.Namespace, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+    for package in ("numpy._core", "numpy.core"):  # the second is that of numpy 1
+        harmless.append((reconstruct, f"{package}.multiarray._reconstruct"))
+    with torch.serialization.safe_globals(harmless):
+        checkpoint = load_file(path)
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
         raise ValueError(f"{path} holds a {kind}, not the dict of a checkpoint")

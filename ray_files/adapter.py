@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import signal
@@ -25,13 +24,8 @@ import torch.distributed as dist
 from ray.train import Checkpoint
 
 from e2e_utils.config import TrainConfig
-from e2e_utils.experiment import (
-    METRICS,
-    check_hparams,
-    fetch_tiles,
-    train_config,
-    write_fake_tiles,
-)
+from e2e_utils.evaluate import searcher_metrics
+from e2e_utils.experiment import fetch_tiles, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESUMED = "resumed.json"  # in a checkpoint: its step, and where the run went on
@@ -185,19 +179,9 @@ def experiment_config(
     """
     if tiles is not None:
         hparams = {**hparams, "backend": "local", "data_dir": str(tiles)}
-    check_hparams(hparams)
-    total = hparams["global_batch_size"]
-    if total % workers:
-        raise ValueError(
-            f"global_batch_size {total} does not divide equally among {workers} workers"
-        )
+    config = train_config(hparams, workers)
     if hparams["backend"] == "local":  # Ray changes the working directory
-        hparams = {**hparams, "data_dir": str(Path(fetch_tiles(hparams)).resolve())}
-    config = replace(
-        train_config(hparams, total // workers, str(hparams.get("data_dir") or "")),
-        eval_steps=hparams.get("validation_batches"),
-        save_steps=hparams.get("checkpoint_batches"),
-    )
+        hparams = {**hparams, "data_dir": fetch_tiles(hparams)}
     return config, hparams
 
 
@@ -212,32 +196,18 @@ def prepare(
 
     Args:
         config: of the run.
-        hparams: where the tiles are (backend, data_dir, cache_dir) and
-            lr_step_batches; empty: they are in config.data_path.
+        hparams: where the tiles are (backend, data_dir, cache_dir); empty: they are in
+            config.data_path.
         folder: empty; the run goes to folder/run.
         workers: in the run.
         local_rank: of this one on its machine; the first fetches the tiles.
     """
-    if hparams.get("backend") == "fake":
-        data_path = str(folder / "tiles")
-        write_fake_tiles(data_path, config)
-    else:
-        data_path = fetch_tiles(hparams, local_rank) if hparams else config.data_path
-        if workers > 1:
-            dist.barrier()
-    config = replace(config, data_path=data_path, output_dir=str(folder / "run"))
-    if "lr_step_batches" not in hparams:
-        return config
-    tiles = len(json.loads(config.split("train")[1].read_text())["images"])
-    epoch = max(1, tiles // (config.batch_size * workers))
-    steps = [_epochs(b, epoch) for b in config.lr_steps]
-    return replace(config, lr_steps=steps)  # type: ignore[arg-type]
-
-
-def _epochs(batches: float, epoch: int) -> float:
-    """Batches in epochs, such that times `epoch` it is not rounded above them."""
-    value = batches / epoch
-    return math.nextafter(value, 0) if value * epoch > batches else value
+    data_path = config.data_path
+    if hparams:
+        data_path = fetch_tiles(hparams, folder / "tiles", local_rank)
+    if workers > 1:
+        dist.barrier()
+    return replace(config, data_path=data_path, output_dir=str(folder / "run"))
 
 
 class Courier:
@@ -278,9 +248,9 @@ class Courier:
         if "loss" in values:
             self.losses = values
         else:
-            self.figures = {"batches": step, **figures(values)}
+            self.figures = {"batches": step, **searcher_metrics(values)}
         if self.verbose:
-            told = values if "loss" in values else figures(values)
+            told = values if "loss" in values else searcher_metrics(values)
             line = "  ".join(f"{key} {value:.4f}" for key, value in told.items())
             print(f"step {step}  {line}", flush=True)
 
@@ -291,9 +261,3 @@ class Courier:
             told = {"step": step, "resumed": self.resumed}
             (self.folder / RESUMED).write_text(json.dumps(told))
         self.send(metrics, self.folder if self.main else None)
-
-
-def figures(metrics: dict) -> dict:
-    """COCO metrics under the names of the experiments; those that exist."""
-    table = {name: metrics.get(key) for name, key in METRICS.items()}
-    return {name: value for name, value in table.items() if value is not None}

@@ -30,14 +30,14 @@ if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from e2e_utils.config import TrainConfig
-from e2e_utils.experiment import METRICS, absolute_init, load_config
+from e2e_utils.evaluate import METRICS, searcher_metrics
+from e2e_utils.experiment import absolute_init, load_config
 from e2e_utils.train import fit, read_metrics
 from ray_files.adapter import (
     RESUMED,
     Courier,
     below,
     experiment_config,
-    figures,
     place,
     prepare,
     ray_session,
@@ -161,7 +161,7 @@ def train(
     validated = [record for record in records if "AP" in record]
     last = validated[-1] if validated else {}
     return {
-        "metrics": {**figures(last), "batches": last.get("step")},
+        "metrics": {**searcher_metrics(last), "batches": last.get("step")},
         "losses": {r["step"]: r["loss"] for r in records if "loss" in r},
         "records": records,
         "resumed": resumed,

@@ -34,7 +34,8 @@ from typing import Any
 
 from ray import tune
 
-from e2e_utils.experiment import METRICS, check_hparams
+from e2e_utils.evaluate import METRICS
+from e2e_utils.experiment import check_hparams
 
 _ANY = {"name", "metric", "smaller_is_better"}
 _FIELDS = {

@@ -30,8 +30,8 @@ from ray.tune.search import BasicVariantGenerator
 if not __package__:  # as a script; Ray's workers find the folder above as well
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from e2e_utils.evaluate import METRICS
 from e2e_utils.experiment import (
-    METRICS,
     absolute_init,
     fetch_tiles,
     read_experiment,
@@ -222,7 +222,7 @@ def search(
     if tiles is not None:
         space |= {"backend": "local", "data_dir": str(Path(tiles).resolve())}
     elif space["backend"] == "local":
-        space["data_dir"] = str(Path(fetch_tiles(space)).resolve())
+        space["data_dir"] = fetch_tiles(space)
     if seed is None:
         seed = plan.seed or 0
     recorder = _Recorder(plan, on_result)

@@ -21,7 +21,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 SHARED = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-", dir=SHARED)
 
-# The processes of a trial of Determined meet at fixed ports, unless told others.
+# The processes of a trial of Determined meet at fixed ports, unless given others.
 for name in ("INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2"):
     with socket.create_server(("127.0.0.1", 0)) as free:
         os.environ[name] = str(free.getsockname()[1])
@@ -30,6 +30,7 @@ for name in ("INTER_TRAIN_PROCESS_COMM_PORT_1", "INTER_TRAIN_PROCESS_COMM_PORT_2
 import cv2
 import numpy as np
 import pytest
+import torch
 from servers import artefact, predicted, stripped, torchserved, tree  # noqa: F401
 
 NAMES = ["square", "bar", "dot"]
@@ -37,6 +38,15 @@ NAMES = ["square", "bar", "dot"]
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def one_thread():
+    """torch on one thread: small tensors, and losses that repeat themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_tiles(root, split: str, tiles: int, seed: int, size: int = 96) -> None:

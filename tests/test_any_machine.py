@@ -5,13 +5,11 @@ can be hidden, one that it lacks cannot be lent: such a run is skipped with its 
 """
 
 import json
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import python
 
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-3  # of the first losses: other kernels round otherwise
@@ -77,44 +75,35 @@ def lacks(name: str) -> bool:
     """Whether this CPU has no such instruction set, by what torch tells of it."""
     order = ["DEFAULT", "AVX2", "AVX512"]
     here = torch.backends.cpu.get_cpu_capability()
-    return here not in order or order.index(here) < order.index(name.upper())
+    if platform.machine() not in ("x86_64", "AMD64") or here not in order:
+        return True
+    return order.index(here) < order.index(name.upper())
 
 
-def python(script, *arguments, **changes):
-    mine = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"}
-    env = {k: v for k, v in os.environ.items() if k not in mine}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**env, "OMP_NUM_THREADS": "1", **changes},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def printed(script, *arguments, **changes) -> list[str]:
+    """The lines of a Python script, with another environment than these tests'."""
+    alike = {"ATEN_CPU_CAPABILITY": None, "ONEDNN_MAX_CPU_ISA": None}
+    env = {**alike, "OMP_NUM_THREADS": "1", **changes}
+    return python("-c", script, *arguments, env=env).splitlines()
 
 
-def road(tiles, folder, threads=1, **changes):
-    lines = python(ROAD, tiles, folder, threads, **changes)
-    return json.loads(next(x for x in lines if x.startswith("road")).partition(" ")[2])
+def road(tiles, folder, threads=1, **changes) -> dict:
+    """What a run of ROAD found, which holds whatever it ran on."""
+    lines = printed(ROAD, tiles, folder, threads, **changes)
+    found = next(line for line in lines if line.startswith("road "))
+    found = json.loads(found.removeprefix("road "))
+    assert found["threads"] == threads and found["resumed"]
+    assert found["precision"] == "fp32"  # the small detector's, whatever the CPU has
+    assert {"openvino", "onnxruntime"} <= found["parity"].keys()
+    assert found["parity"]["torch"]["boxes"] > 0
+    return found
 
 
 @pytest.fixture(scope="module")
-def as_it_is(tiles, tmp_path_factory):
-    return road(tiles, tmp_path_factory.mktemp("as_it_is"))
-
-
-def check(told):
-    assert told["resumed"]
-    assert told["precision"] == "fp32"  # the small detector's, whatever the CPU has
-    for engine in ("openvino", "onnxruntime"):
-        assert engine in told["parity"]
-    assert told["parity"]["torch"]["boxes"] > 0
-
-
-def test_the_road_on_this_machine_as_it_is(as_it_is):
-    check(as_it_is)
-    assert as_it_is["threads"] == 1
+def first_losses(tiles, tmp_path_factory):
+    """Those of this machine as it is."""
+    found = road(tiles, tmp_path_factory.mktemp("as_it_is"))["first"]
+    return pytest.approx(found, rel=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -127,26 +116,21 @@ def test_the_road_on_this_machine_as_it_is(as_it_is):
     ],
 )
 def test_the_road_with_another_instruction_set(
-    tiles, tmp_path, as_it_is, variable, value
+    tiles, tmp_path, first_losses, variable, value
 ):
-    if platform.machine() not in ("x86_64", "AMD64") or lacks(value):
-        pytest.skip(
-            f"this CPU has no {value}: {torch.backends.cpu.get_cpu_capability()}"
-        )
-    told = road(tiles, tmp_path, **{variable: value})
-    check(told)
+    if lacks(value):
+        here = torch.backends.cpu.get_cpu_capability()
+        pytest.skip(f"this CPU has no {value}: {here}")
+    found = road(tiles, tmp_path, **{variable: value})
+    assert found["first"] == first_losses
     if variable == "ATEN_CPU_CAPABILITY":
-        assert told["aten"].lower() == value
+        assert found["aten"].lower() == value
     else:
         # not in the run itself: OpenVINO's oneDNN fails where it is to tell of itself
-        lines = python(ISA, ONEDNN_VERBOSE="1", **{variable: value})
+        lines = printed(ISA, ONEDNN_VERBOSE="1", **{variable: value})
         (isa,) = [line for line in lines if ",cpu,isa:" in line]
         assert isa.endswith(value)
-    assert told["first"] == pytest.approx(as_it_is["first"], rel=ROUNDING)
 
 
-def test_the_road_with_four_threads(tiles, tmp_path, as_it_is):
-    told = road(tiles, tmp_path, threads=4)
-    check(told)
-    assert told["threads"] == 4
-    assert told["first"] == pytest.approx(as_it_is["first"], rel=ROUNDING)
+def test_the_road_with_four_threads(tiles, tmp_path, first_losses):
+    assert road(tiles, tmp_path, threads=4)["first"] == first_losses

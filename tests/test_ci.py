@@ -1,27 +1,27 @@
 """What CI runs: every test file once, on every Python that the package admits."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 JOBS = ("test-core", "test-cluster", "test-serving", "test-notebooks")
 
 
+def recipe_of(*targets: str) -> str:
+    """What make would run for these targets."""
+    done = run("make", "--dry-run", *targets, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def files_of(target: str) -> list[str]:
     """The test files that a target of the Makefile runs."""
-    told = subprocess.run(
-        ["make", "--dry-run", target],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (line,) = [row for row in told.stdout.splitlines() if "-m pytest" in row]
+    (line,) = [row for row in recipe_of(target).splitlines() if "-m pytest" in row]
     found = []
     for name in re.findall(r"\btests/\S+", line):
         path = ROOT / name
@@ -32,9 +32,9 @@ def files_of(target: str) -> list[str]:
 
 
 def test_every_test_file_belongs_to_exactly_one_job():
-    told = sorted(file for job in JOBS for file in files_of(job))
+    named = sorted(file for job in JOBS for file in files_of(job))
     files = (ROOT / "tests").rglob("test_*.py")
-    assert told == sorted(str(file.relative_to(ROOT)) for file in files)
+    assert named == sorted(str(file.relative_to(ROOT)) for file in files)
 
 
 def test_make_test_leaves_nothing_out():
@@ -50,27 +50,15 @@ def workflow():
 
 def test_the_workflow_runs_targets_of_the_makefile_on_every_python(workflow):
     matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
-    rows = [
-        *(
-            (python, target)
-            for python in matrix["python"]
-            for target in matrix["target"]
-        ),
-        *((row["python"], row["target"]) for row in matrix["include"]),
-    ]
-    assert {target for _, target in rows} == set(JOBS)
-    asked = re.search(
-        r'requires-python = ">=3\.(\d+),<3\.(\d+)"',
-        (ROOT / "pyproject.toml").read_text(),
-    )
-    assert matrix["python"] == [
-        f"3.{minor}" for minor in range(*map(int, asked.groups()))
-    ]
+    further = {row["target"] for row in matrix["include"]}
+    assert {*matrix["target"], *further} == set(JOBS)
+    admitted = r'requires-python = ">=3\.(\d+),<3\.(\d+)"'
+    first, end = re.search(admitted, (ROOT / "pyproject.toml").read_text()).groups()
+    assert matrix["python"] == [f"3.{n}" for n in range(int(first), int(end))]
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     ran = {step["run"] for step in steps if "run" in step}
     assert ran == {"make lint types", "make ${{ matrix.target }}"}
-    for target in {*JOBS, "lint", "types"}:
-        assert re.search(rf"^{target}: ", MAKEFILE, re.M), target
+    recipe_of(*JOBS, "lint", "types")
 
 
 def test_actions_are_pinned_to_a_major(workflow):
@@ -84,3 +72,45 @@ def test_the_local_run_is_style_types_and_the_command_of_the_readme():
     last = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert last == "exec make lint types test"
     assert "`make test`" in (ROOT / "README.md").read_text()
+
+
+def test_what_runs_before_a_commit_is_what_make_lint_types_runs():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    recipe = recipe_of("lint", "types").replace("&&", "\n").splitlines()
+    commands = [line.strip() for line in recipe if re.search("-m (ruff|mypy)", line)]
+    assert [hook["entry"] for hook in local["hooks"]] == commands
+    assert not any(hook["pass_filenames"] for hook in local["hooks"])
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+NAMED = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", CONTRIBUTING, flags=re.S))
+
+
+def test_contributing_names_files_and_targets_that_are_there():
+    path = re.compile(r"[\w.-]*/[\w./-]*|[\w.-]+\.\w+")
+    paths = [name for name in NAMED if path.fullmatch(name)]
+    assert len(paths) > 40
+    assert [name for name in paths if not (ROOT / name).exists()] == []
+    for targets in re.findall(r"\bmake ([a-z -]+)", CONTRIBUTING):
+        recipe_of(*targets.split())
+
+
+def test_contributing_names_every_package_and_every_benchmark():
+    packages = {f"{init.parent.name}/" for init in ROOT.glob("*/__init__.py")}
+    benchmarks = {f"benchmarks/{file.name}" for file in ROOT.glob("benchmarks/*.*")}
+    assert len(packages) >= 4 and len(benchmarks) >= 7
+    assert packages | benchmarks <= set(NAMED)
+
+
+def test_the_floors_in_contributing_are_those_of_the_imports():
+    floors = re.findall(r"^(\d)\. (.*(?:\n   .*)*)", CONTRIBUTING, re.M)
+    floor = {
+        path: int(number)
+        for number, text in floors
+        for path in re.findall(r"`(e2e_utils/\w+\.py)`", text)
+    }
+    assert len(floor) > 15 and set(floor.values()) == set(range(1, len(floors) + 1))
+    for path in floor:
+        names = re.findall(r"^ *from \.(\w+) ", (ROOT / path).read_text(), re.M)
+        below = {f"e2e_utils/{name}.py" for name in names} & set(floor)
+        assert all(floor[other] <= floor[path] for other in below), path

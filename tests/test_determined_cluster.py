@@ -22,7 +22,8 @@ from determined_master import ExperimentState, MasterDouble  # noqa: E402
 from determined_files import core_api  # noqa: E402
 from determined_files.load import download_best, load_trial_checkpoint  # noqa: E402
 from determined_files.train import run_local  # noqa: E402
-from e2e_utils.experiment import METRICS, load_config  # noqa: E402
+from e2e_utils.evaluate import METRICS  # noqa: E402
+from e2e_utils.experiment import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
@@ -77,6 +78,7 @@ def create(master, yaml, *settings, code=0):
         master,
         *("e", "create", str(FILES / yaml), str(FILES)),
         *("--include", str(ROOT / "e2e_utils")),
+        *("--include", str(ROOT / "sample_data")),  # of fake.yaml alone
         *options,
         code=code,
     )
@@ -224,8 +226,8 @@ def test_the_best_checkpoint_of_a_search_is_downloaded(master, search, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_slots_speak_once_and_their_checkpoint_loads(master, tiles):
-    settings = on_cluster(short(tiles, global_batch_size=4))
+def test_two_slots_speak_once_and_their_checkpoint_loads(master):
+    settings = on_cluster(["validation_batches=2", 'amp="off"'])
     told = create(master, "fake.yaml", *FILLED_IN, *settings, "max_restarts=0")
     number, experiment = experiment_of(master, told)
     wait(master, number)

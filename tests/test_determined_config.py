@@ -277,7 +277,7 @@ def test_hyperparameters_are_those_that_the_trial_reads(path):
     check_hparams(hparams)
     slots = experiment["resources"]["slots_per_trial"]
     assert hparams["global_batch_size"] % slots == 0
-    settings = train_config(hparams, hparams["global_batch_size"] // slots)
+    settings = train_config(hparams, slots)
     assert settings.model in MODELS
     assert settings.steps == hparams["max_batches"]
 
@@ -292,10 +292,22 @@ def test_every_model_of_the_grid_can_be_built_by_name():
 
 def test_the_distributed_schedule_is_that_of_the_original_recipe():
     hparams = config(FILES / "const-distributed.yaml")["hyperparameters"]
-    settings = train_config(hparams, 16)
-    assert settings.lr_steps == [14 * 1288, 15 * 1288]
+    settings = train_config(hparams, processes=8)
+    assert settings.lr_milestones == [14 * 1288, 15 * 1288]
     assert round(settings.warmup * settings.steps) == 200
     assert (settings.lr, settings.momentum) == (0.01, 0.9)
+
+
+def test_hyperparameters_become_the_configuration_of_each_process():
+    hparams = config(FILES / "core.yaml")["hyperparameters"]
+    hparams |= {"global_batch_size": 8, "lr": 0.01, "lr_step_batches": [7, 41]}
+    settings = train_config(hparams, 4, "tiles", "out")
+    assert (settings.batch_size, settings.lr, settings.steps) == (2, 0.01, 1500)
+    assert (settings.eval_steps, settings.save_steps) == (500, 250)
+    assert settings.lr_milestones == [7, 41]
+    assert (settings.data_path, settings.output_dir) == ("tiles", "out")
+    with pytest.raises(ValueError, match="8 does not divide equally among 3 processes"):
+        train_config(hparams, 3)
 
 
 # ---- train.py's reading of a YAML
@@ -336,10 +348,10 @@ def test_hyperparameters_that_contradict_each_other_are_an_error():
 def test_off_of_yaml_is_the_word_that_was_written():
     loaded = load_config(FILES / "const.yaml", ["amp=off"])
     assert loaded["hyperparameters"]["amp"] is False
-    assert train_config(loaded["hyperparameters"], 2).amp == "off"
+    assert train_config(loaded["hyperparameters"]).amp == "off"
     loaded = load_config(FILES / "const.yaml", ["amp=on"])
     with pytest.raises(ValueError, match="one of auto, off, bf16, fp16, got 'on'"):
-        train_config(loaded["hyperparameters"], 2)
+        train_config(loaded["hyperparameters"])
 
 
 def test_every_hyperparameter_is_told_in_the_module():

@@ -21,10 +21,10 @@ from determined_files.load import (  # noqa: E402
     convert_trial_checkpoint,
     load_trial_checkpoint,
 )
+from e2e_utils.checkpoint import model_from_checkpoint  # noqa: E402
 from e2e_utils.config import TrainConfig  # noqa: E402
-from e2e_utils.experiment import METRICS, load_config  # noqa: E402
-from e2e_utils.models import model_from_checkpoint  # noqa: E402
-from e2e_utils.optim import lr_factor  # noqa: E402
+from e2e_utils.evaluate import METRICS  # noqa: E402
+from e2e_utils.experiment import load_config  # noqa: E402
 from e2e_utils.train import fit, read_metrics  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -173,9 +173,10 @@ TWO = """
 import sys
 from pathlib import Path
 from determined_files import core_api
+from e2e_utils.config import TrainConfig
 from e2e_utils.experiment import load_config
-from e2e_utils.optim import lr_factor  # noqa: E402
-from e2e_utils.train import TrainConfig, fit, start_process_group
+from e2e_utils.run import start_process_group
+from e2e_utils.train import fit
 
 tiles, path, *overrides = sys.argv[1:]
 start_process_group()
@@ -242,35 +243,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiles, tmp_path):
     assert len(steps) == 1
     assert max(steps_completed(tmp_path / "run")) == stopped_at + 1
     assert not psutil.pid_exists(process.pid)
-
-
-def test_a_batch_that_does_not_divide_among_the_slots_is_refused():
-    hparams = load_config(FILES / "core.yaml", ["global_batch_size=3"])
-    hparams = hparams["hyperparameters"]
-    message = "global_batch_size 3 does not divide.*2 slots"
-    with pytest.raises(ValueError, match=message):
-        core_api.loop_config(hparams, 2, "tiles", "out")
-
-
-def test_hyperparameters_become_the_configuration_of_the_loop():
-    config = load_config(FILES / "core.yaml", ["global_batch_size=8", "lr=0.01"])
-    settings = core_api.loop_config(config["hyperparameters"], 4, "tiles", "out")
-    assert (settings.batch_size, settings.lr, settings.steps) == (2, 0.01, 1500)
-    assert (settings.eval_steps, settings.save_steps) == (500, 250)
-    assert (settings.data_path, settings.output_dir) == ("tiles", "out")
-
-
-def test_steps_of_the_schedule_fall_on_the_same_batches(tiles):
-    hparams = {
-        **experiment(tiles, max_batches=100)["hyperparameters"],
-        **{"lr_scheduler": "multistep", "lr_step_batches": [7, 41], "warmup": 0},
-    }
-    settings = core_api.loop_config(hparams, 1, str(tiles), "out")
-    epoch = 12 // 2  # tiles, tiles a batch
-    factor = lr_factor(settings, 100, epoch)
-    rates = [factor(step) for step in range(100)]
-    assert [rates.count(r) for r in sorted(set(rates))] == [59, 34, 7]
-    assert rates[6] > rates[7] == rates[40] > rates[41]
 
 
 def test_folder_without_a_run_cannot_be_resumed(tmp_path):

@@ -24,15 +24,12 @@ from determined_files.load import (  # noqa: E402
     load_trial_checkpoint,
 )
 from determined_files.train import run_local, steps_done  # noqa: E402
+from e2e_utils.checkpoint import model_from_checkpoint  # noqa: E402
 from e2e_utils.config import TrainConfig  # noqa: E402
 from e2e_utils.data import CocoTiles, default_augment, train_loader  # noqa: E402
-from e2e_utils.experiment import (  # noqa: E402
-    fetch_tiles,
-    load_config,  # noqa: E402
-    write_fake_tiles,
-)
-from e2e_utils.models import model_from_checkpoint  # noqa: E402
+from e2e_utils.experiment import fetch_tiles, load_config  # noqa: E402
 from e2e_utils.train import fit, forward_losses, seed_step  # noqa: E402
+from sample_data.noise import write_noise_tiles  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
@@ -50,7 +47,8 @@ def _own_data_home(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiles")
-    write_fake_tiles(folder, TrainConfig("", ""))
+    config = TrainConfig(str(folder), "")
+    write_noise_tiles({name: config.split(name) for name in ("train", "val")}, 300)
     return folder
 
 
@@ -149,18 +147,30 @@ def test_resumed_trial_repeats_the_undisturbed_one(whole, tiles, tmp_path):
 def test_a_trial_in_lower_precision_is_the_plain_loop_and_resumes(tiles, tmp_path, amp):
     settings = {"min_size": 96, "max_size": 96}
     seen = {name: Recorder() for name in ("plain", "whole", "halves")}
-    given = {"steps": 3, "batch_size": 2, "eval_steps": 1, "amp": amp}
-    plain = TrainConfig(str(tiles), str(tmp_path / "plain"), settings=settings, **given)
+    options = {"ema": 0.5, "repeat_threshold": 1.0, "aspect_ratio_group_factor": 3}
+    options |= {"amp": amp, "settings": settings}
+    given = {"steps": 3, "batch_size": 2, "eval_steps": 1, **options}
+    plain = TrainConfig(str(tiles), str(tmp_path / "plain"), **given)
     fit(plain, report=seen["plain"], progress=False)
-    config = experiment(tiles, amp=amp, settings=settings, max_batches=3)
+    config = experiment(tiles, max_batches=3, **options)
     _, end = run_local(config, tmp_path / "whole", report=seen["whole"])
     _, half = run_local(config, tmp_path / "halves", stop=2, report=seen["halves"])
-    run_local(config, tmp_path / "halves", resume=half, report=seen["halves"])
+    _, resumed = run_local(
+        config, tmp_path / "halves", resume=half, report=seen["halves"]
+    )
     assert seen["whole"].losses == seen["halves"].losses
     for step, losses in seen["plain"].losses.items():
         del losses["lr"]
         assert seen["whole"].losses[step] == losses
-    assert load_trial_checkpoint(end)[1]["precision"] == amp
+        ap = seen["plain"].figures[step]["AP"]  # of the average of the weights
+        assert seen["whole"].figures[step]["mAP"] == ap
+        assert seen["halves"].figures[step]["mAP"] == ap
+    expected, _ = model_from_checkpoint(tmp_path / "plain" / "last.pt")
+    for folder in (end, resumed):
+        model, meta = load_trial_checkpoint(folder)
+        assert meta["precision"] == amp
+        for key, value in expected.state_dict().items():
+            assert torch.equal(value, model.state_dict()[key]), key
 
     config["hyperparameters"]["amp"] = "off"
     message = f'was trained in {amp}, .* go on in fp32: give it amp: "{amp}"'
@@ -351,7 +361,7 @@ def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(e2e_utils.storage, "sync", lambda *a, **k: calls.append(a))
     hparams = {"backend": "aws", "data_dir": "s3://b/t", "cache_dir": str(tmp_path)}
     for local_rank in (0, 1):
-        assert fetch_tiles(hparams, local_rank) == str(tmp_path)
+        assert fetch_tiles(hparams, local_rank=local_rank) == str(tmp_path)
     assert calls == [("s3://b/t", str(tmp_path))]
 
 

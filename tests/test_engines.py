@@ -17,7 +17,8 @@ from servers import together
 from serving import NAMES, ROOT, checkpoint, decode, jpeg
 from torchvision.ops import poolers
 
-from e2e_utils.models import build_model, model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image, predict_scene
 from kserve_utils import artefact as artefacts
 from kserve_utils import engines, export, graphs

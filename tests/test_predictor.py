@@ -42,7 +42,7 @@ from servers import (
 )
 from serving import NAMES, ROOT, decode, jpeg
 
-from e2e_utils.models import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image, predict_scene, to_geojson
 from kserve_utils.client import predict_remote
 from kserve_utils.predictor import rest

@@ -16,9 +16,9 @@ import torch
 from serving import ROOT
 from test_storage import client, start_moto
 
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.experiment import read_experiment
-from e2e_utils.models import model_from_checkpoint
 from e2e_utils.train import fit, read_metrics
 
 pytest.importorskip("ray")

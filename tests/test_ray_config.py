@@ -14,13 +14,7 @@ import yaml
 from serving import ROOT
 from test_k8s import strict
 
-from e2e_utils.config import TrainConfig
-from e2e_utils.experiment import (
-    absolute_init,
-    read_experiment,
-    write_fake_tiles,
-)
-from e2e_utils.optim import lr_factor
+from e2e_utils.experiment import absolute_init, read_experiment
 
 pytest.importorskip("ray")
 
@@ -33,7 +27,6 @@ from ray_files.adapter import (  # noqa: E402
     below,
     experiment_config,
     place,
-    prepare,
     takes_gpu,
 )
 from ray_files.translate import translate  # noqa: E402
@@ -249,16 +242,11 @@ def test_a_grid_needs_counts_and_values():
 # ---- a trial's values as a configuration of the plain loop
 
 
-def test_a_batch_that_does_not_divide_among_the_workers_is_refused():
-    found = read_experiment(FILES / "const.yaml")["hyperparameters"]
-    with pytest.raises(ValueError, match="2 does not divide equally among 3 workers"):
-        experiment_config(found, 3)
-
-
 def test_tiles_can_be_given_and_paths_become_absolute(tmp_path):
     found = read_experiment(FILES / "const-distributed.yaml")["hyperparameters"]
     config, hparams = experiment_config(found, 8, tmp_path)
-    assert hparams["backend"] == "local" and config.data_path == str(tmp_path)
+    assert (hparams["backend"], hparams["data_dir"]) == ("local", str(tmp_path))
+    assert config.batch_size == 16
     assert place("s3://bucket/runs") == "s3://bucket/runs"
     assert Path(place("runs")).is_absolute()
     assert below("/runs", "a", "b") == "/runs/a/b"
@@ -282,27 +270,6 @@ def test_gpus_for_some_of_the_workers_are_no_silent_cpus(monkeypatch):
     with pytest.raises(ValueError, match="1 GPU for 2 workers"):
         takes_gpu(None, 2)
     assert takes_gpu(True, 2) and not takes_gpu(False, 2)
-
-
-def test_steps_in_batches_reach_a_loop_that_counts_epochs(tmp_path):
-    tiles = tmp_path / "tiles"
-    size = TrainConfig("", "", tile_size=64)
-    write_fake_tiles(tiles, size, tiles=49)
-    for batches in (3, 9, 29, 48):  # 3 / 49 * 49 is not 3 in floating point, say
-        hparams = {
-            **read_experiment(FILES / "const.yaml")["hyperparameters"],
-            "global_batch_size": 1,
-            "tile_size": 64,
-            "lr_scheduler": "multistep",
-            "lr_step_batches": [batches],
-            "warmup": 0.0,
-        }
-        config, hparams = experiment_config(hparams, 1, tiles)
-        (tmp_path / str(batches)).mkdir()
-        here = prepare(config, hparams, tmp_path / str(batches))
-        factor = lr_factor(here, here.steps, 49)
-        assert factor(batches - 1) == 1.0
-        assert factor(batches) == pytest.approx(0.1)
 
 
 def test_a_save_tells_only_the_figures_of_its_own_step(tmp_path):

@@ -2,22 +2,18 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
+import runpy
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from commands import python
 
-import e2e_utils
-from sample_data import dataset as sample
-from sample_data import scene as scenery
+from e2e_utils.classes import read_classes
+from sample_data import canvas, dataset, open_land, quarters, scene, vehicles
 
-CLASSES = Path(e2e_utils.__file__).with_name("xview_classes.json")
 PROPERTIES = [
     "bounds_imcoords", "edited_by", "cat_id", "type_id", "ingest_time",
     "index_right", "image_id", "point_geom", "feature_id", "grid_file",
@@ -28,19 +24,18 @@ DRAWN = {12, 13, 18, 19, 25, 40, 41, 73, 86, 91}
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four scenes, the fourth without labels."""
-    return sample.draw_dataset(tmp_path_factory.mktemp("sample") / "xview", scenes=4)
+    return dataset.draw_dataset(tmp_path_factory.mktemp("sample") / "xview", scenes=4)
+
+
+def features_of(folder):
+    return json.loads((folder / dataset.GEOJSON).read_text())["features"]
 
 
 @pytest.fixture(scope="module")
-def features(four):
-    return json.loads((four / sample.GEOJSON).read_text())["features"]
-
-
-@pytest.fixture(scope="module")
-def rows(features):
+def rows(four):
     """(image_id, type_id, box or None) of every label."""
     found = []
-    for feature in features:
+    for feature in features_of(four):
         p = feature["properties"]
         text = p["bounds_imcoords"]
         box = [int(v) for v in text.split(",")] if text else None
@@ -48,121 +43,103 @@ def rows(features):
     return found
 
 
+def scene_name(index):
+    return f"{dataset.scene_number(index)}.tif"
+
+
 def images_of(folder):
     paths = (folder / "train_images").glob("[0-9]*.tif")
     return {p.name: tifffile.imread(p) for p in paths}
 
 
+# ---- pixels
+
+
 def test_scenes_are_contiguous_uint8_rgb(four):
-    for path in (four / "train_images").glob("[0-9]*.tif"):
-        image = tifffile.memmap(path, mode="r")
+    for name in images_of(four):
+        image = tifffile.memmap(four / "train_images" / name, mode="r")
         assert image.dtype == np.uint8 and image.shape[2] == 3
         assert all(900 <= side <= 1500 for side in image.shape[:2])
     assert len(images_of(four)) == 4
 
 
-def test_a_scene_does_not_depend_on_how_many_are_drawn(four, tmp_path, features):
-    one = sample.draw_dataset(tmp_path / "one", scenes=1)
-    name = f"{sample.scene_number(0)}.tif"
+def test_a_scene_depends_on_its_index_and_the_seed_alone(four, tmp_path):
+    one = dataset.draw_dataset(tmp_path / "one", scenes=1)
+    name = scene_name(0)
     first = (one / "train_images" / name).read_bytes()
     assert first == (four / "train_images" / name).read_bytes()
-    alone = json.loads((one / sample.GEOJSON).read_text())["features"]
-    mine = [f for f in alone if f["properties"]["image_id"] == name]
-    assert mine == features[: len(mine)] and len(mine) > 100
-
-
-def test_the_seed_alone_decides_the_picture(four):
-    index = 3  # the quickest
-    again, _ = scenery.draw_scene(index, seed=0)
-    assert np.array_equal(again, images_of(four)[f"{sample.scene_number(index)}.tif"])
-    other, _ = scenery.draw_scene(index, seed=1)
-    assert not np.array_equal(again, other)
+    mine = [f for f in features_of(one) if f["properties"]["image_id"] == name]
+    assert mine == features_of(four)[: len(mine)] and len(mine) > 100
+    other, _ = scene.draw_scene(3, seed=1)  # the quickest
+    assert not np.array_equal(other, images_of(four)[scene_name(3)])
 
 
 def test_pixels_do_not_depend_on_threads_or_vector_instructions(four):
     """As on another processor: no IPP, no dispatch to wider vectors, other threads."""
     code = (
         "import cv2; cv2.setUseOptimized(False); cv2.setNumThreads(3);"
-        "import hashlib; from sample_data import scene as scenery;"
-        "image, objects = scenery.draw_scene(1, 0);"
+        "import hashlib; from sample_data import scene;"
+        "image, objects = scene.draw_scene(1, 0);"
         "print(hashlib.sha256(image.tobytes()).hexdigest())"
     )
-    plain = {**os.environ, "OPENCV_IPP": "disabled", "OPENCV_CPU_DISABLE": "AVX2"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=plain
-    )
-    image = images_of(four)[f"{sample.scene_number(1)}.tif"]
-    assert run.stdout.strip() == hashlib.sha256(image.tobytes()).hexdigest()
+    plain = {"OPENCV_IPP": "disabled", "OPENCV_CPU_DISABLE": "AVX2"}
+    image = images_of(four)[scene_name(1)]
+    drawn = python("-c", code, env=plain).strip()
+    assert drawn == hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def test_a_complete_folder_is_left_as_it_is(four):
-    before = {p: p.stat().st_mtime_ns for p in four.rglob("*")}
-    sample.draw_dataset(four, scenes=4)
-    assert before == {p: p.stat().st_mtime_ns for p in four.rglob("*")}
+def test_boxes_are_tight_around_what_is_drawn():
+    """A lone sprite changes pixels up to each side of its box and not beyond.
+
+    Without sun height there is no shadow, so the changed pixels are the object's.
+    """
+    rng = np.random.default_rng(3)
+    makers = [
+        vehicles.car, vehicles.bus, vehicles.box_truck, vehicles.container,
+        vehicles.cargo_plane, vehicles.small_aircraft, vehicles.vessel,
+        vehicles.motorboat,
+    ]  # fmt: skip
+    for make in makers * 3:
+        ground = np.full((160, 160, 3), -1, np.float32)
+        page = canvas.Canvas(
+            ground.copy(), np.zeros((160, 160), np.float32), (0.0, 0.0), np.ones(3)
+        )
+        centre, heading = rng.uniform(70, 90, 2), rng.uniform(0, 6.28)
+        assert canvas.place(page, make(rng), centre, heading, 18)
+        canvas.flush(page)
+        ((_, x1, y1, x2, y2),) = page.objects
+        changed = np.abs(page.image - ground).max(2) > 0.2
+        columns, lines = np.flatnonzero(changed.any(0)), np.flatnonzero(changed.any(1))
+        drawn = [columns[0], lines[0], columns[-1] + 1, lines[-1] + 1]
+        assert np.abs(np.array(drawn) - (x1, y1, x2, y2)).max() <= 1, make.__name__
 
 
-def test_a_folder_that_lost_a_file_is_drawn_again_and_old_scenes_go(
-    tmp_path, monkeypatch
-):
-    picture, objects = np.zeros((200, 200, 3), np.uint8), [(18, 10, 10, 25, 17)]
-    monkeypatch.setattr(scenery, "draw_scene", lambda index, seed: (picture, objects))
-    sample.draw_dataset(tmp_path, scenes=3)
-    (tmp_path / sample.GEOJSON).unlink()
-    sample.draw_dataset(tmp_path, scenes=2)
-    assert sorted(images_of(tmp_path)) == sorted(
-        f"{sample.scene_number(i)}.tif" for i in (0, 1)
-    )
-    named = json.loads((tmp_path / sample.GEOJSON).read_text())["features"]
-    assert len({f["properties"]["image_id"] for f in named}) == 3  # and 1395.tif
+# ---- labels
 
 
-def test_a_run_that_was_cut_off_leaves_no_half_file_and_is_completed_by_the_next(
-    tmp_path, monkeypatch
-):
-    picture, objects = np.zeros((200, 200, 3), np.uint8), [(18, 10, 10, 25, 17)]
-
-    def fails_at_the_second(index, seed):
-        if index == 1:
-            raise KeyboardInterrupt
-        return picture, objects
-
-    monkeypatch.setattr(scenery, "draw_scene", fails_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        sample.draw_dataset(tmp_path, scenes=2)
-    assert not (tmp_path / sample.GEOJSON).exists()
-    monkeypatch.setattr(scenery, "draw_scene", lambda index, seed: (picture, objects))
-    sample.draw_dataset(tmp_path, scenes=2)
-    assert len(images_of(tmp_path)) == 2
-    assert not list(tmp_path.rglob(".part*"))
-
-
-def test_features_have_the_fields_of_the_real_file(four, features):
-    document = json.loads((four / sample.GEOJSON).read_text())
+def test_features_have_the_fields_of_the_real_file(four):
+    document = json.loads((four / dataset.GEOJSON).read_text())
     assert document["type"] == "FeatureCollection"
     crs = document["crs"]["properties"]["name"]
     assert crs == "urn:ogc:def:crs:OGC:1.3:CRS84"
-    for feature in features:
+    ids, strips, west = Counter(), {}, {}
+    for feature in document["features"]:
+        properties = feature["properties"]
         assert list(feature) == ["type", "properties", "geometry"]
-        assert list(feature["properties"]) == PROPERTIES
-        assert isinstance(feature["properties"]["type_id"], int)
+        assert list(properties) == PROPERTIES
+        assert isinstance(properties["type_id"], int)
+        assert len(properties["cat_id"]) == 16
         ring = feature["geometry"]["coordinates"][0]
         assert feature["geometry"]["type"] == "Polygon"
         assert len(ring) == 5 and ring[0] == ring[-1]
         assert all(-180 < lon < 180 and -90 < lat < 90 for lon, lat in ring)
-    ids = [f["properties"]["feature_id"] for f in features]
-    assert len(set(ids)) == len(ids)
-
-
-def test_neighbouring_scenes_share_a_strip_and_lie_apart_on_the_ground(features):
-    strips, west = {}, {}
-    for f in features:
-        p = f["properties"]
-        strips.setdefault(p["cat_id"], set()).add(p["image_id"])
-        west.setdefault(p["image_id"], f["geometry"]["coordinates"][0][0][0])
-    first, second = (f"{sample.scene_number(i)}.tif" for i in (0, 1))
-    assert {first, second} in [scenes & {first, second} for scenes in strips.values()]
-    assert all(len(cat_id) == 16 for cat_id in strips)
-    assert west[first] != west[second]
+        ids[properties["feature_id"]] += 1
+        strips.setdefault(properties["cat_id"], set()).add(properties["image_id"])
+        west.setdefault(properties["image_id"], ring[0][0])
+    assert set(ids.values()) == {1}
+    neighbours = {scene_name(0), scene_name(1)}  # in one strip, and apart in it
+    assert any(neighbours <= scenes for scenes in strips.values())
+    assert len({west[name] for name in neighbours}) == 2
 
 
 def test_every_defect_of_the_real_file_is_there(four, rows):
@@ -188,48 +165,18 @@ def test_every_defect_of_the_real_file_is_there(four, rows):
         kinds["overhang"] += over and not outside
     assert all(kinds[k] == 3 for k in (75, 82, "empty", "zero", "outside"))
     assert kinds["overhang"] >= 3
-    apple = four / "train_images" / f"._{sample.scene_number(0)}.tif"
+    apple = four / "train_images" / f"._{scene_name(0)}"
     assert apple.read_bytes()[:4] == bytes.fromhex("00051607")
 
 
 def test_class_ids_are_those_of_xview(rows):
-    known = {c["type_id"] for c in json.loads(CLASSES.read_text())["classes"]}
-    used = {type_id for _, type_id, _ in rows}
-    assert used - {75, 82} == DRAWN and DRAWN <= known
-
-
-def test_boxes_are_tight_around_what_is_drawn():
-    """A lone sprite changes pixels up to each side of its box and not beyond.
-
-    Without sun height there is no shadow, so the changed pixels are the object's.
-    """
-    from sample_data import buildings, canvas, vehicles
-
-    rng = np.random.default_rng(3)
-    makers = [
-        vehicles.car, vehicles.bus, vehicles.box_truck, vehicles.container,
-        vehicles.cargo_plane, vehicles.small_aircraft, vehicles.vessel,
-        vehicles.motorboat,
-    ]  # fmt: skip
-    for make in makers * 3:
-        ground = np.full((160, 160, 3), -1, np.float32)
-        page = canvas.Canvas(
-            ground.copy(), np.zeros((160, 160), np.float32), (0.0, 0.0), np.ones(3)
-        )
-        centre, heading = rng.uniform(70, 90, 2), rng.uniform(0, 6.28)
-        assert canvas.place(page, make(rng), centre, heading, 18)
-        canvas.flush(page)
-        ((_, x1, y1, x2, y2),) = page.objects
-        changed = np.abs(page.image - ground).max(2) > 0.2
-        columns, lines = np.flatnonzero(changed.any(0)), np.flatnonzero(changed.any(1))
-        drawn = [columns[0], lines[0], columns[-1] + 1, lines[-1] + 1]
-        assert np.abs(np.array(drawn) - (x1, y1, x2, y2)).max() <= 1, make.__name__
-    assert buildings.BUILDING == 73
+    used = {type_id for _, type_id, _ in rows} - {75, 82}
+    assert used == DRAWN and DRAWN <= set(read_classes())
 
 
 def test_no_car_stands_in_another(rows):
-    name = f"{sample.scene_number(1)}.tif"
-    mine = [box for image, type_id, box in rows if (image, type_id) == (name, 18)]
+    wanted = scene_name(1), 18
+    mine = [box for image, type_id, box in rows if (image, type_id) == wanted]
     cars = np.array([box for box in mine if box and box[0] < box[2]])
     middles = (cars[:, :2] + cars[:, 2:]) / 2
     apart = np.linalg.norm(middles[:, None] - middles[None], axis=2)
@@ -240,51 +187,89 @@ def test_no_car_stands_in_another(rows):
 @pytest.mark.slow
 def test_the_default_set_has_enough_of_every_class_in_both_splits(monkeypatch):
     """Only what is placed counts here, so the drawing of pixels is left out."""
-    from sample_data import open_land, quarters, scene
-
-    def nothing(*_, **__):
-        return None
-
-    for module in (scene, open_land, quarters):
-        monkeypatch.setattr(module, "paint", nothing)
-    monkeypatch.setattr(open_land, "blend", nothing)
-    monkeypatch.setattr(scene, "flush", nothing)
-    monkeypatch.setattr(scene.Scene, "material", nothing)
-    monkeypatch.setattr(scene.Scene, "finish", nothing)
-    drawn = {i: scenery.draw_scene(i, 0)[1] for i in range(12)}
+    for owner, names in {
+        scene: ("paint", "flush"),
+        open_land: ("paint", "blend"),
+        quarters: ("paint",),
+        scene.Scene: ("material", "finish"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, lambda *_, **__: None)
+    drawn = {i: scene.draw_scene(i, 0)[1] for i in range(12)}
     labelled = [i for i in drawn if drawn[i]]
     assert len(labelled) == 11
     random.seed(0)
     random.shuffle(labelled)
     cut = int(len(labelled) * 0.75)
-    counts = [
-        Counter(o[0] for i in part for o in drawn[i])
+    train, val = (
+        Counter(label[0] for i in part for label in drawn[i])
         for part in (labelled[:cut], labelled[cut:])
-    ]
+    )
     for type_id in DRAWN:
-        assert counts[0][type_id] >= 40 and counts[1][type_id] >= 6, type_id
-    assert 2000 <= sum(counts[0].values()) + sum(counts[1].values()) <= 5500
-    assert counts[0].most_common(2)[0][0] == 18 and counts[0].most_common(2)[1][0] == 73
+        assert train[type_id] >= 40 and val[type_id] >= 6, type_id
+    assert 2000 <= sum((train + val).values()) <= 5500
+    assert [type_id for type_id, _ in train.most_common(2)] == [18, 73]
 
 
 def test_the_default_set_stays_under_60_megabytes():
-    sizes = [height * width * 3 for height, width, _ in scenery.PLANS]
+    sizes = [height * width * 3 for height, width, _ in scene.PLANS]
     assert len(sizes) == 12 and sum(sizes) < 60e6
 
 
 def test_numbers_ascend_and_never_meet_the_missing_scene():
-    numbers = [sample.scene_number(i) for i in range(200)]
+    numbers = [dataset.scene_number(i) for i in range(200)]
     assert numbers == sorted(set(numbers)) and 1395 not in numbers
 
 
-def test_the_command_line_draws_and_says_what_it_is(tmp_path):
-    command = [sys.executable, "-m", "sample_data", "--output_dir", tmp_path / "d"]
-    run = subprocess.run(
-        [*command, "--scenes", "1", "--seed", "5"], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "none of it is xView" in run.stdout
-    assert (tmp_path / "d" / sample.GEOJSON).is_file()
+# ---- the folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Scenes that cost nothing; a run is cut off at the index put into the set."""
+    fails = set()
+
+    def draw(index, seed):
+        if index in fails:
+            raise KeyboardInterrupt
+        return np.zeros((200, 200, 3), np.uint8), [(18, 10, 10, 25, 17)]
+
+    monkeypatch.setattr(scene, "draw_scene", draw)
+    return fails
+
+
+def test_a_folder_is_completed_once_and_old_scenes_go(tmp_path, quick):
+    dataset.draw_dataset(tmp_path, scenes=3)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    dataset.draw_dataset(tmp_path, scenes=3)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    (tmp_path / dataset.GEOJSON).unlink()
+    dataset.draw_dataset(tmp_path, scenes=2)
+    assert set(images_of(tmp_path)) == {scene_name(0), scene_name(1)}
+    named = {f["properties"]["image_id"] for f in features_of(tmp_path)}
+    assert named == {scene_name(0), scene_name(1), "1395.tif"}
+
+
+def test_a_run_that_was_cut_off_is_completed_by_the_next(tmp_path, quick):
+    quick.add(1)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.draw_dataset(tmp_path, scenes=2)
+    assert not (tmp_path / dataset.GEOJSON).exists()
+    quick.clear()
+    dataset.draw_dataset(tmp_path, scenes=2)
+    assert len(images_of(tmp_path)) == 2
+    assert not list(tmp_path.rglob(".part*"))
+
+
+def test_the_command_line_draws_and_says_what_it_is(
+    tmp_path, quick, capsys, monkeypatch
+):
+    arguments = ["--output_dir", str(tmp_path / "d"), "--scenes", "1", "--seed", "5"]
+    monkeypatch.setattr("sys.argv", ["sample_data", *arguments])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("sample_data")
+    assert "none of it is xView" in capsys.readouterr().out
+    assert len(images_of(tmp_path / "d")) == 1
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -293,22 +278,21 @@ def test_a_folder_that_cannot_be_written_is_one_message_that_names_it(
 ):
     (tmp_path / "file").write_text("not a folder")
     target = tmp_path / "file" / below
-    assert sample.main(["--output_dir", str(target)]) == 2
-    message = capsys.readouterr().err.strip()
-    assert str(target) in message and len(message.splitlines()) == 1
+    assert dataset.main(["--output_dir", str(target)]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert str(target) in message
 
 
 def test_a_data_set_that_was_not_drawn_here_is_not_touched(tmp_path):
-    real = tmp_path / sample.GEOJSON
+    real = tmp_path / dataset.GEOJSON
     real.write_text("{}")
     with pytest.raises(FileExistsError, match="not drawn by this program"):
-        sample.draw_dataset(tmp_path)
+        dataset.draw_dataset(tmp_path)
     assert real.read_text() == "{}"
 
 
-@pytest.mark.parametrize("arguments", [{"scenes": 0}, {"seed": -1}])
-def test_a_wrong_number_is_quoted(tmp_path, arguments):
-    (value,) = arguments.values()
-    with pytest.raises(ValueError, match=str(value)):
-        sample.draw_dataset(tmp_path / "x", **arguments)
+@pytest.mark.parametrize(("argument", "value"), [("scenes", 0), ("seed", -1)])
+def test_a_wrong_number_is_quoted(tmp_path, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be .*, not {value}"):
+        dataset.draw_dataset(tmp_path / "x", **{argument: value})
     assert not (tmp_path / "x").exists()

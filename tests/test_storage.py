@@ -1,13 +1,12 @@
 """Uploads and syncs against a real S3 server on this machine, and through faults."""
 
-import functools
 import http.client
+import io
 import json
 import multiprocessing
 import os
 import resource
-import shutil
-import signal
+import runpy
 import socket
 import subprocess
 import sys
@@ -23,20 +22,17 @@ import obstore
 import pytest
 from obstore.store import MemoryStore
 
-from e2e_utils.storage import StorageError, open_store, sync, upload
+from e2e_utils.storage import INDEX, StorageError, open_store, sync, upload
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
-def start_moto(**environment):
+def start_moto():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -50,14 +46,9 @@ def start_moto(**environment):
     raise RuntimeError("moto's server did not start in 30 s")
 
 
-def client(endpoint, service="s3", key="key", secret="secret"):
-    return boto3.client(
-        service,
-        endpoint_url=endpoint,
-        aws_access_key_id=key,
-        aws_secret_access_key=secret,
-        region_name="us-east-1",
-    )
+def client(endpoint):
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +61,14 @@ def moto():
 
 @pytest.fixture
 def bucket(moto, monkeypatch, request):
-    for name, value in {**KEYS, "AWS_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
+    """URL of a folder in an empty bucket; the environment has what it takes."""
+    for setting in ("ACCESS_KEY_ID=key", "SECRET_ACCESS_KEY=secret"):
+        monkeypatch.setenv(*f"AWS_{setting}".split("="))
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto)
     name = f"bucket-{abs(hash(request.node.name)) % 10**10}"
     client(moto).create_bucket(Bucket=name)
-    return name
+    return f"s3://{name}/xview/tiles"
 
 
 @pytest.fixture
@@ -91,7 +85,15 @@ def tiles(tmp_path):
     (folder / "large.bin").write_bytes(os.urandom(9 << 20))
     (folder / ".train_300_02").mkdir()
     (folder / ".train_300_02" / "5_0.json").write_text("stays at home")
+    for file in folder.rglob("*"):  # S3 tells times in whole seconds
+        os.utime(file, (file.stat().st_mtime - 10.0006,) * 2)
     return folder
+
+
+@pytest.fixture
+def back(tmp_path):
+    """Where the files come back to."""
+    return tmp_path / "back"
 
 
 def content(folder):
@@ -106,56 +108,41 @@ class Faults(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def forward(self):
-        with self.server.lock:
-            self.server.busy += 1
-        try:
-            self.answer()
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
-
-    def answer(self):
         server = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with server.lock:
             server.seen.append((self.command, self.path, dict(self.headers)))
             fault = server.fault(self.command, self.path)
-        if fault == "500":
-            self.send_response(500)
+        if isinstance(fault, int):
+            self.send_response(fault)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         if fault == "cut" and self.command == "PUT":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.hang_up()
             return
-        if fault == "slow":
-            time.sleep(0.2)
         real = http.client.HTTPConnection(server.target, timeout=20)
         real.request(self.command, self.path, body, dict(self.headers))
         answer = real.getresponse()
         data = answer.read()
+        size = answer.headers["Content-Length"] if self.command == "HEAD" else len(data)
+        if fault == "short":
+            size, data = len(data) // 2, data[: len(data) // 2]
         self.send_response(answer.status)
         for name, value in answer.getheaders():
-            if name.lower() not in (
-                "connection",
-                "transfer-encoding",
-                "date",
-                "server",
-            ):
-                if name.lower() != "content-length" or self.command == "HEAD":
-                    self.send_header(name, value)
-        if self.command != "HEAD":
-            self.send_header("Content-Length", str(len(data)))
+            hop = ("connection", "transfer-encoding", "date", "server")
+            if name.lower() not in (*hop, "content-length"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(size))
         self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
         if fault == "cut":
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if self.command != "HEAD":
-            self.wfile.write(data)
+            self.hang_up()
+
+    def hang_up(self):
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
 
@@ -164,14 +151,14 @@ class Faults(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def proxy(moto):
+def proxy(moto, bucket, monkeypatch):
+    """A server with faults on the way to the bucket."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Faults)
     server.target = moto.removeprefix("http://")
     server.lock, server.seen, server.fault = threading.Lock(), [], lambda *_: None
-    server.busy = 0  # requests under way
-    server.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -190,255 +177,153 @@ def first(times, command, part, fault):
     return decide
 
 
-# The same for every place
+# The same for every kind of URL, one by one and in tars
 
 
-@pytest.mark.parametrize("place", ["path", "file url", "memory", "s3"])
+@pytest.mark.parametrize("kind", ["path", "file url", "memory", "s3"])
 @pytest.mark.parametrize("shard_mb", [None, 0.005])
 def test_folder_comes_back_whole_and_is_not_moved_twice(
-    tiles, tmp_path, bucket, moto, place, shard_mb
+    tiles, tmp_path, back, bucket, kind, shard_mb
 ):
     url = {
         "path": tmp_path / "remote folder",
         "file url": (tmp_path / "remote folder").as_uri(),
         "memory": MemoryStore(),
-        "s3": f"s3://{bucket}/xview/tiles",
-    }[place]
-    options = {"progress": False, "endpoint": moto if place == "s3" else None}
-    up = upload(tiles, url, shard_mb=shard_mb, **options)
-    down = sync(url, tmp_path / "back", **options)
-    assert content(tmp_path / "back") == content(tiles)
-    assert not (tmp_path / "back" / ".train_300_02").exists()
-    assert up.skipped == down.skipped == 0 and up.moved > 3
-    again = upload(tiles, url, shard_mb=shard_mb, **options)
-    assert (again.moved, again.skipped) == (0, up.moved)
-    again = sync(url, tmp_path / "back", **options)
-    assert (again.moved, again.skipped) == (0, down.moved)
-    assert again.bytes_moved == 0 and "already there" in str(again)
-
-
-def test_files_of_the_same_size_but_other_bytes_are_moved_again(
-    tiles, tmp_path, bucket, moto
-):
-    url, options = f"s3://{bucket}/t", {"endpoint": moto, "progress": False}
-    upload(tiles, url, **options)
-    sync(url, tmp_path / "back", **options)
-    for folder, name in (
-        (tiles, "train_300_02.json"),
-        (tmp_path / "back", "large.bin"),
-    ):
-        file = folder / name
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-        os.utime(file, (0, 0))
-    assert upload(tiles, url, **options).moved == 1
-    assert sync(url, tmp_path / "back", **options).moved == 2
-    assert content(tmp_path / "back") == content(tiles)
-
-
-def test_only_the_shard_of_a_changed_file_is_moved_again(tiles, tmp_path, bucket, moto):
-    url = f"s3://{bucket}/t"
-    options = {"endpoint": moto, "progress": False}
-    upload(tiles, url, shard_mb=0.005, **options)
-    sync(url, tmp_path / "back", **options)
-    (tiles / "train_images_300_02" / "5_3_0_300.jpg").write_bytes(b"x" * 1003)
-    assert upload(tiles, url, shard_mb=0.005, **options).moved == 1
-    assert sync(url, tmp_path / "back", **options).moved == 1
-    assert content(tmp_path / "back") == content(tiles)
-    upload(tiles, url, shard_mb=100, **options)
-    assert sync(url, tmp_path / "one", **options).moved == 1
-    assert content(tmp_path / "one") == content(tiles)
-
-
-def test_deleted_file_of_a_shard_comes_back(tiles, tmp_path):
-    remote, back = tmp_path / "remote", tmp_path / "back"
-    upload(tiles, remote, shard_mb=100, progress=False)
-    sync(remote, back, progress=False)
-    (back / "empty").unlink()
-    sync(remote, back, progress=False)
+        "s3": bucket,
+    }[kind]
+    up = upload(tiles, url, shard_mb=shard_mb)
+    down = sync(url, back)
     assert content(back) == content(tiles)
+    assert not (back / ".train_300_02").exists() and not (back / ".tars").exists()
+    assert up.skipped == down.skipped == 0 and up.moved == down.moved > 3
+    assert up.bytes_moved == down.bytes_moved == sum(map(len, content(tiles).values()))
+    for folder in (tiles, back):
+        again = upload(folder, url, shard_mb=shard_mb)
+        assert (again.moved, again.skipped) == (0, up.moved)
+        again = sync(url, back)
+        assert (again.moved, again.skipped) == (0, up.moved)
+        assert again.bytes_moved == 0 and "already there" in str(again)
+
+
+@pytest.mark.parametrize("shard_mb", [None, 0.005])
+def test_what_changed_on_either_side_is_moved_again_and_nothing_else(
+    tiles, tmp_path, back, shard_mb
+):
+    remote = tmp_path / "remote"
+    upload(tiles, remote, shard_mb=shard_mb)
+    sync(remote, back)
+    (tiles / "train_images_300_02" / "5_3_0_300.jpg").write_bytes(b"x" * 1003)
+    assert upload(tiles, remote, shard_mb=shard_mb).moved == 1
+    assert sync(remote, back).moved == 1
+    assert content(back) == content(tiles)
+    (back / "train_300_02.json").write_text("[]")
+    (back / "a b ü#%20.txt").unlink()
+    assert sync(remote, back).moved in (1, 2)  # both may be in one tar
+    assert content(back) == content(tiles)
+
+
+def test_tars_have_about_the_size_that_was_asked_for(tiles, tmp_path):
+    for shard_mb, count in ((0.005, 4), (100, 1)):
+        assert upload(tiles, tmp_path / str(count), shard_mb=shard_mb).moved == count
+
+
+def test_tars_are_listed_last_and_hide_files_that_were_there_before(
+    tiles, bucket, proxy, back
+):
+    (tiles / "old").touch()
+    upload(tiles, bucket)
+    (tiles / "old").unlink()
+    proxy.fault = first(10**6, "PUT", "index.json", 503)
+    with pytest.raises(StorageError, match="upload of .tars/index.json"):
+        upload(tiles, bucket, shard_mb=0.005)
+    assert sync(bucket, back).moved == len(content(tiles)) + 1
+    proxy.fault = lambda *_: None
+    assert upload(tiles, bucket, shard_mb=0.005).moved == 0
+    assert sync(bucket, back / "new").skipped == 0
+    assert content(back / "new") == content(tiles)
+    with pytest.raises(StorageError, match=".tars/ is there; give shard_mb or another"):
+        upload(tiles, bucket)
 
 
 # Faults
 
 
-def test_500_is_tried_again(tiles, tmp_path, bucket, proxy):
-    url, options = f"s3://{bucket}/t", {"endpoint": proxy.endpoint, "progress": False}
-    proxy.fault = first(3, "PUT", "jpg", "500")
-    upload(tiles, url, **options)
-    proxy.fault = first(3, "GET", "jpg", "500")
-    sync(url, tmp_path / "back", **options)
-    assert content(tmp_path / "back") == content(tiles)
+@pytest.mark.parametrize("fault", [500, "cut"])
+@pytest.mark.parametrize("shard_mb", [None, 5])
+def test_fault_that_passes_is_overcome(tiles, back, bucket, proxy, fault, shard_mb):
+    proxy.fault = first(3, "PUT", "", fault)
+    upload(tiles, bucket, shard_mb=shard_mb)
+    proxy.fault = first(3, "GET", "tiles/" if shard_mb is None else ".tar", fault)
+    sync(bucket, back)
+    assert content(back) == content(tiles)
 
 
-@pytest.mark.parametrize("fault", ["500", "cut"])
+@pytest.mark.parametrize("fault", [500, "cut", "short"])
 def test_lasting_fault_names_the_object_and_leaves_no_half_file(
-    tiles, tmp_path, bucket, proxy, fault
+    tiles, back, bucket, proxy, fault
 ):
-    url = f"s3://{bucket}/t"
-    options = {"endpoint": proxy.endpoint, "progress": False, "retries": 1}
-    upload(tiles, url, **options)
+    upload(tiles, bucket)
     proxy.fault = first(10**6, "GET", "5_7_0_300.jpg", fault)
     with pytest.raises(StorageError, match="download of train_images.*5_7_0_300.jpg"):
-        sync(url, tmp_path / "back", **options)
-    got = content(tmp_path / "back")
+        sync(bucket, back)
+    got = content(back)
+    assert "train_images_300_02/5_7_0_300.jpg" not in got
     assert all(content(tiles)[name] == data for name, data in got.items())
-    assert not list((tmp_path / "back").rglob("*.part"))
+    assert not list(back.rglob("*.part"))
     proxy.fault = lambda *_: None
-    sync(url, tmp_path / "back", **options)
-    assert content(tmp_path / "back") == content(tiles)
-    if fault == "500":
-        proxy.fault = first(10**6, "PUT", "new.jpg", fault)
-        (tiles / "new.jpg").write_bytes(b"x")
-        with pytest.raises(StorageError, match="upload of new.jpg"):
-            upload(tiles, url, **options)
+    assert sync(bucket, back).skipped == len(got)
+    assert content(back) == content(tiles)
 
 
-def test_cut_connections_are_tried_again(tiles, tmp_path, bucket, proxy):
-    url, options = f"s3://{bucket}/t", {"endpoint": proxy.endpoint, "progress": False}
-    proxy.fault = first(2, "PUT", "", "cut")
-    upload(tiles, url, **options)
-    proxy.fault = first(3, "GET", "jpg", "cut")
-    sync(url, tmp_path / "back", **options)
-    assert content(tmp_path / "back") == content(tiles)
-
-
-def test_no_server_is_an_error_in_bounded_time(tiles, bucket):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(StorageError, match=f"s3://{bucket}/t"):
-        upload(tiles, f"s3://{bucket}/t", endpoint=endpoint, retries=1, progress=False)
-
-
-def test_wrong_key_is_refused_at_once_and_the_right_one_works(
-    tiles, tmp_path, monkeypatch
-):
-    # moto checks signatures and policies after so many requests
-    server, endpoint = start_moto(INITIAL_NO_AUTH_ACTION_COUNT="4")
-    try:
-        client(endpoint).create_bucket(Bucket="guarded")
-        iam = client(endpoint, "iam")
-        iam.create_user(UserName="me")
-        pair = iam.create_access_key(UserName="me")["AccessKey"]
-        rule = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
-        policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
-        iam.put_user_policy(UserName="me", PolicyName="p", PolicyDocument=policy)
-        options = {"endpoint": endpoint, "progress": False}
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", pair["AccessKeyId"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", pair["SecretAccessKey"])
-        upload(tiles, "s3://guarded/t", **options)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        for transfer in (
-            functools.partial(upload, tiles, "s3://guarded/t"),
-            functools.partial(sync, "s3://guarded/t", tmp_path / "back"),
-        ):
-            with pytest.raises(StorageError, match="refused, check the credentials"):
-                transfer(**options)
-        assert not (tmp_path / "back").exists()
-    finally:
-        server.kill()
-        server.wait()
-
-
-def test_missing_bucket_and_empty_place_are_named(tiles, tmp_path, bucket, moto):
-    options = {"endpoint": moto, "progress": False}
-    with pytest.raises(StorageError, match="s3://no-such-bucket/t.*404"):
-        upload(tiles, "s3://no-such-bucket/t", **options)
-    with pytest.raises(StorageError, match=f"s3://{bucket}/nothing: nothing is there"):
-        sync(f"s3://{bucket}/nothing", tmp_path / "back", **options)
+@pytest.mark.parametrize("command", ["GET", "PUT"])
+def test_wrong_credentials_are_refused_at_once(tiles, bucket, proxy, command):
+    proxy.fault = lambda seen, _: 403 if seen == command else None
+    with pytest.raises(StorageError, match=f"{bucket}: .*refused, check the credent"):
+        upload(tiles, bucket)
+    refused = [path for seen, path, _ in proxy.seen if seen == command]
+    assert len(set(refused)) == len(refused)
 
 
 def test_public_bucket_is_read_without_credentials(
-    tiles, tmp_path, bucket, moto, proxy, monkeypatch
+    tiles, back, bucket, moto, proxy, monkeypatch
 ):
-    options = {"endpoint": proxy.endpoint, "progress": False}
-    upload(tiles, f"s3://{bucket}/t", **options)
-    assert all("Authorization" in map(str.title, seen[2]) for seen in proxy.seen)
+    upload(tiles, bucket)
+    assert all("authorization" in seen[2] for seen in proxy.seen)
     everyone = {"Effect": "Allow", "Principal": "*", "Resource": "arn:aws:s3:::*"}
     rules = [{**everyone, "Action": ["s3:GetObject", "s3:ListBucket"]}]
     policy = json.dumps({"Version": "2012-10-17", "Statement": rules})
-    client(moto).put_bucket_policy(Bucket=bucket, Policy=policy)
+    client(moto).put_bucket_policy(Bucket=bucket.split("/")[2], Policy=policy)
     proxy.seen.clear()
-    for name in KEYS:
-        monkeypatch.delenv(name)
-    sync(f"s3://{bucket}/t", tmp_path / "back", anonymous=True, **options)
-    assert content(tmp_path / "back") == content(tiles)
-    assert not any("Authorization" in map(str.title, seen[2]) for seen in proxy.seen)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    sync(bucket, back)
+    assert content(back) == content(tiles)
+    assert not any("authorization" in seen[2] for seen in proxy.seen)
 
 
-def test_full_disk_is_an_error_and_the_sync_continues_with_room(tiles, tmp_path):
-    disk, remote = tmp_path / "disk", tmp_path / "remote"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
-    if (
-        not shutil.which("mount")
-        or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode
-    ):
-        pytest.skip("mounting a small disk needs root and the command mount")
+def test_full_disk_is_an_error_and_the_sync_continues_with_room(tiles, tmp_path, back):
+    upload(tiles, tmp_path / "remote")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        upload(tiles, remote, progress=False)
-        with pytest.raises(OSError, match="No space left"):
-            sync(remote, disk / "back", progress=False)
-        assert not list(disk.rglob("*.part"))
-        whole = content(tiles)
-        assert all(whole[name] == data for name, data in content(disk / "back").items())
-        more = ["mount", "-o", "remount,size=20m", str(disk)]
-        subprocess.run(more, check=True)
-        sync(remote, disk / "back", progress=False)
-        assert content(disk / "back") == whole
+        with pytest.raises(OSError, match="File too large"):
+            sync(tmp_path / "remote", back)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(back.rglob("*.part")) and not (back / "large.bin").exists()
+    sync(tmp_path / "remote", back)
+    assert content(back) == content(tiles)
 
 
-def test_quota_is_an_error_that_leaves_no_half_file(tiles, tmp_path):
-    upload(tiles, tmp_path / "remote", progress=False)
-    code = "import sys; from e2e_utils.storage import sync; sync(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "remote", tmp_path / "back"],
-        preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)
-        ),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-    )
-    assert done.returncode == 1 and "File too large" in done.stderr
-    assert not list((tmp_path / "back").rglob("*.part"))
-    assert "large.bin" not in content(tmp_path / "back")
-
-
-def test_killed_upload_is_continued(tiles, tmp_path, bucket, proxy):
-    proxy.fault = lambda command, _: "slow" if command == "PUT" else None
-    url = f"s3://{bucket}/t"
-    code = (
-        "import sys; from e2e_utils.storage import upload;"
-        "upload(sys.argv[1], sys.argv[2], endpoint=sys.argv[3], workers=2)"
-    )
-    arguments = [sys.executable, "-c", code, str(tiles), url, proxy.endpoint]
-    child = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
-
-    def stored():
-        batches = obstore.list(open_store(url, endpoint=proxy.endpoint))
-        return sum(len(batch) for batch in batches)
-
-    deadline = time.monotonic() + 60
-    while stored() < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    while proxy.busy and time.monotonic() < deadline:  # what the proxy holds arrives
-        time.sleep(0.05)
-    before = stored()
-    assert 4 <= before < len(content(tiles))
+def test_interrupted_upload_is_continued(tiles, back, bucket, proxy):
+    proxy.fault = first(10**6, "PUT", "5_7_0_300.jpg", 503)
+    with pytest.raises(StorageError, match="upload of train_images.*5_7_0_300.jpg"):
+        upload(tiles, bucket)
+    before = len(obstore.list(open_store(bucket)).collect())
     proxy.fault = lambda *_: None
-    report = upload(tiles, url, endpoint=proxy.endpoint, progress=False)
+    report = upload(tiles, bucket)
     assert (report.skipped, report.moved) == (before, len(content(tiles)) - before)
-    sync(url, tmp_path / "back", endpoint=proxy.endpoint, progress=False)
-    assert content(tmp_path / "back") == content(tiles)
+    sync(bucket, back)
+    assert content(back) == content(tiles)
 
 
 # Use and misuse
@@ -464,52 +349,64 @@ def test_forked_child_is_refused_instead_of_hanging(tmp_path, method, said):
     assert child.exitcode == 0
 
 
-def test_tar_with_a_path_outside_the_folder_is_refused(tmp_path):
-    remote = tmp_path / "remote"
-    remote.mkdir()
-    name = "shard-00000-of-00001.tar"
-    with tarfile.open(remote / name, "w") as tar:
-        tar.addfile(tarfile.TarInfo("../evil"))
-    (remote / "shards.json").write_text(json.dumps([name]))
-    with pytest.raises(StorageError, match="'../evil' in a tar"):
-        sync(remote, tmp_path / "back", progress=False)
-    assert not (tmp_path / "evil").exists()
+@pytest.mark.parametrize(
+    "listed, packed, message",
+    [
+        ("../evil", "../evil", "'../evil' in the tar is no file of the folder"),
+        ("/evil", "/evil", "'/evil' in the tar is no file of the folder"),
+        ("a", "b", "'b' in the tar is no file of the folder"),
+        ("a", None, "ValueError"),
+    ],
+)
+def test_tar_with_other_files_than_listed_is_refused(
+    tmp_path, back, listed, packed, message
+):
+    buffer, remote = io.BytesIO(), MemoryStore()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        if packed:
+            tar.addfile(tarfile.TarInfo(packed))
+    obstore.put(remote, ".tars/1.tar", buffer.getvalue())
+    index = {".tars/1.tar": {listed: [0, 1.0]}}
+    obstore.put(remote, INDEX, json.dumps(index).encode())
+    with pytest.raises(StorageError, match=f"download of .tars/1.tar: .*{message}"):
+        sync(remote, back)
+    assert not list(tmp_path.rglob("*evil"))
 
 
-def test_index_of_a_missing_shard_is_named(tmp_path):
-    remote = tmp_path / "remote"
-    remote.mkdir()
-    (remote / "shards.json").write_text('["shard-00000-of-00001.tar"]')
-    with pytest.raises(StorageError, match="shard-00000-of-00001.tar, which is not"):
-        sync(remote, tmp_path / "back", progress=False)
-
-
-def test_unknown_url_memory_url_and_missing_folder_are_quoted(tmp_path):
+def test_missing_tar_bucket_folder_and_server_are_named(
+    tiles, tmp_path, bucket, back, monkeypatch
+):
+    remote = MemoryStore()
+    obstore.put(remote, INDEX, b'{".tars/1.tar": {"a": [0, 1.0]}}')
+    with pytest.raises(StorageError, match="download of .tars/1.tar: .*not found"):
+        sync(remote, back)
+    with pytest.raises(StorageError, match="s3://no-such-bucket/t: .*404"):
+        upload(tiles, "s3://no-such-bucket/t")
+    with pytest.raises(StorageError, match=f"{bucket}: nothing is there"):
+        sync(bucket, back)
+    with pytest.raises(OSError, match="nowhere is no folder"):
+        upload(tmp_path / "nowhere", bucket)
     with pytest.raises(ValueError, match="ftp://host/x: give a path"):
         open_store("ftp://host/x")
-    with pytest.raises(ValueError, match="MemoryStore"):
-        open_store("memory:///x")
-    with pytest.raises(OSError, match="nowhere is no folder"):
-        upload(tmp_path / "nowhere", tmp_path / "remote")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    with pytest.raises(StorageError, match=f"{bucket}: list: .*error sending request"):
+        sync(bucket, back)
 
 
-def test_commands_take_endpoint_and_keys_from_the_environment(
-    tiles, tmp_path, bucket, moto
+@pytest.mark.filterwarnings("ignore:'e2e_utils.storage' found in sys.modules")
+def test_commands_upload_sync_and_say_what_is_wrong_in_a_line(
+    tiles, back, bucket, monkeypatch, capsys
 ):
-    environment = {**os.environ, **KEYS, "AWS_ENDPOINT_URL_S3": moto}
-
     def run(*arguments):
-        line = [sys.executable, "-m", "e2e_utils.storage", *map(str, arguments)]
-        return subprocess.run(
-            line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        monkeypatch.setattr(sys, "argv", ["storage", *map(str, arguments)])
+        runpy.run_module("e2e_utils.storage", run_name="__main__", alter_sys=True)
+        return capsys.readouterr().out
 
-    url = f"s3://{bucket}/t"
-    done = run("upload", "--local_dir", tiles, "--url", url)
-    assert done.returncode == 0 and "16 files moved" in done.stdout, done.stderr
-    done = run("sync", "--url", url, "--local_dir", tmp_path / "back")
-    assert done.returncode == 0, done.stderr
-    assert content(tmp_path / "back") == content(tiles)
-    done = run("sync", "--url", f"{url}/x", "--local_dir", tmp_path / "b")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: s3://")
+    assert "16 files moved" in run("upload", "--local_dir", tiles, "--url", bucket)
+    assert "16 files moved" in run("sync", "--url", bucket, "--local_dir", back)
+    assert content(back) == content(tiles)
+    with pytest.raises(SystemExit, match=f"^error: {bucket}/x: nothing is there"):
+        run("sync", "--url", f"{bucket}/x", "--local_dir", back)

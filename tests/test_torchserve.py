@@ -19,7 +19,7 @@ from servers import (
 )
 from serving import NAMES, ROOT, decode, jpeg
 
-from e2e_utils.models import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils.client import RemoteError, predict_remote
 from kserve_utils.servers import java_home, torchserve

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig, parse_args
 from e2e_utils.data import CocoTiles
-from e2e_utils.models import model_from_checkpoint
 from e2e_utils.optim import lr_factor, make_optimizer
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
@@ -27,12 +27,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(tiles, output, **changes) -> TrainConfig:
@@ -192,9 +187,11 @@ def test_the_rate_warms_up_then_falls(tiles):
     cosine = lr_factor(config(tiles, "x", warmup=0.1), 100, 10)
     assert cosine(0) < cosine(5) < cosine(10) == pytest.approx(1.0)
     assert cosine(55) == pytest.approx(0.505) and cosine(100) == pytest.approx(0.01)
-    steps = config(tiles, "x", warmup=0.0, lr_scheduler="multistep", lr_steps=[4, 8])
-    factor = lr_factor(steps, 100, 10)
-    assert [factor(s) for s in (0, 39, 40, 80)] == pytest.approx([1, 1, 0.1, 0.01])
+    given = {"warmup": 0.0, "lr_scheduler": "multistep"}
+    for when in ({"lr_steps": [4, 8]}, {"lr_milestones": [40, 80]}):  # epochs, steps
+        factor = lr_factor(config(tiles, "x", **given, **when), 100, 10)
+        rates = [factor(step) for step in (0, 39, 40, 80)]
+        assert rates == pytest.approx([1, 1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,15 @@ def test_every_class_has_a_colour_of_its_own():
     assert all(0 <= v <= 255 for color in colors for v in color)
 
 
-def test_a_box_is_drawn_at_its_place_in_the_colour_of_its_class():
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_box_is_drawn_at_its_position_in_the_colour_of_its_class(scale):
     image = np.zeros((50, 80, 3), np.uint8)
-    drawn = draw_boxes(image, np.array([[10, 5, 30, 25]]), [7], NAMES)
+    drawn = draw_boxes(image, np.array([[10, 5, 30, 25]]), [7], NAMES, scale=scale)
     assert image.max() == 0, "the picture given stays as it is"
-    assert drawn[5, 20].tolist() == list(class_color(7))
-    assert drawn[15, 20].max() == 0 and drawn[40, 70].max() == 0
-
-
-def test_an_enlarged_picture_moves_its_boxes_along():
-    image = np.zeros((50, 80, 3), np.uint8)
-    drawn = draw_boxes(image, [[10, 5, 30, 25]], [7], NAMES, [0.5], scale=3)
-    assert drawn.shape == (150, 240, 3)
-    assert drawn[15, 60].tolist() == list(class_color(7))
+    assert drawn.shape == (50 * scale, 80 * scale, 3)
+    assert drawn[5 * scale, 20 * scale].tolist() == list(class_color(7))
+    assert drawn[15 * scale, 20 * scale].max() == 0
+    assert drawn[40 * scale, 70 * scale].max() == 0
 
 
 def test_captions_stay_inside_the_picture():
@@ -45,14 +41,10 @@ def test_captions_stay_inside_the_picture():
 
 def test_the_figures_are_made():
     tile = np.zeros((30, 40, 3), np.uint8)
-    assert isinstance(
-        show([tile, tile], ["a", "b"], labels=[3, 3], class_names=NAMES), Figure
-    )
-    records = [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "AP50": 0.5},
-        {"step": 3, "loss": 1.0},
-    ]
+    shown = show([tile, tile], ["a", "b"], labels=[3, 3], class_names=NAMES)
+    assert isinstance(shown, Figure)
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "AP50": 0.5}]
+    records.append({"step": 3, "loss": 1.0})
     left, right = learning_curve(records).axes
     assert left.lines[0].get_xydata().tolist() == [[1, 2], [3, 1]]
     assert right.lines[0].get_xydata().tolist() == [[2, 0.5]]

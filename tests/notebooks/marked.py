@@ -32,20 +32,15 @@ def differences(
     reference.setup_sanitize_files()
     cells = list(reference.collect())
     fresh = [cell for cell in nbformat.read(executed, 4).cells if written(cell)]
-    sources = [
-        [cell.source for cell in side] for side in ([c.cell for c in cells], fresh)
-    ]
-    if sources[0] != sources[1] or any(c.execution_count is None for c in fresh):
+    same = [cell.cell.source for cell in cells] == [cell.source for cell in fresh]
+    if not same or any(cell.execution_count is None for cell in fresh):
         raise ValueError(f"{executed} is no complete run of {committed}")
     marked, found = 0, []
     for cell, run in zip(cells, fresh, strict=True):
         if not cell.options["check"]:
             continue
         marked += 1
-        ours, theirs = (
-            coalesce_streams(run.outputs),
-            coalesce_streams(cell.cell.outputs),
-        )
+        ours, theirs = map(coalesce_streams, (run.outputs, cell.cell.outputs))
         if not cell.compare_outputs(ours, theirs):
             report = "\n".join(cell.comparison_traceback)
             found.append(f"{committed.name}, code cell {cell.cell_num}:\n{report}")

@@ -16,14 +16,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook without progress bars, timings and papermill's metadata."""
-    notebook.metadata = {
-        "kernelspec": {
-            "display_name": "Python 3",
-            "language": "python",
-            "name": "python3",
-        },
-        "language_info": {"name": "python"},
-    }
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = {"tags": tags} if tags else {}

@@ -6,77 +6,75 @@ from pathlib import Path
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
-NAMES = [
-    "01_install",
-    "02_data_prep",
-    "03_local_training",
-    "04_cluster_training",
-    "05_kserve_deploy",
-]
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "notebooks"
+# in the order in which they are read
+NAMES = re.search(r"^NOTEBOOKS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+NAMES = NAMES[1].split()
 
 
 @pytest.fixture(params=NAMES)
-def notebook(request):
-    path = FOLDER / f"{request.param}.ipynb"
-    content = nbformat.read(path, as_version=4)
-    nbformat.validate(content)
-    return path, content
+def path(request):
+    return FOLDER / f"{request.param}.ipynb"
+
+
+@pytest.fixture
+def content(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
 
 
 def code(content):
     return [c for c in content.cells if c.cell_type == "code" and c.source.strip()]
 
 
+def outputs(content):
+    return [output for cell in code(content) for output in cell.outputs]
+
+
 def printed(content) -> str:
     """All text of the outputs."""
     parts = []
-    for output in (o for c in code(content) for o in c.outputs):
+    for output in outputs(content):
         parts.append(str(output.get("text", "")))
         data = output.get("data", {})
         parts += [str(v) for k, v in data.items() if k.startswith("text/")]
     return "\n".join(parts)
 
 
-def test_it_was_executed_from_top_to_bottom_without_an_error(notebook):
-    _, content = notebook
-    assert [c.execution_count for c in code(content)] == list(
-        range(1, len(code(content)) + 1)
-    )
-    assert not [o for c in code(content) for o in c.outputs if o.output_type == "error"]
+def test_it_was_executed_from_top_to_bottom_without_an_error(content):
+    counts = [c.execution_count for c in code(content)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(content) if output.output_type == "error"]
 
 
-def test_its_outputs_hold_no_warning_and_no_path_of_a_machine(notebook):
-    _, content = notebook
+def test_its_outputs_hold_no_warning_and_no_path_of_a_machine(content):
     text = printed(content)
     assert "Warning" not in text and "Traceback" not in text
     path = re.search(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|usr|opt)/\S*", text)
     assert path is None, path
 
 
-def test_it_is_small_enough_to_read_on_the_web(notebook):
-    path, _ = notebook
+def test_it_is_small_enough_to_read_on_the_web(path):
     assert path.stat().st_size < 1.5 * 2**20
 
 
-def test_it_has_one_parameters_cell_with_a_comment_on_every_value(notebook):
-    _, content = notebook
+def test_it_has_one_parameters_cell_with_a_comment_on_every_value(content):
     cells = [c for c in content.cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
     values = [line for line in cells[0].source.splitlines() if "=" in line]
     assert values and all("  # " in line for line in values)
 
 
-def test_its_cells_are_short_and_hide_no_failure(notebook):
-    _, content = notebook
+def test_its_cells_are_short_and_hide_no_failure(content):
     for cell in code(content):
         lines = cell.source.splitlines()
         assert len(lines) <= 18, cell.source
         assert not any(line.lstrip().startswith("!") for line in lines)
 
 
-def test_it_tells_what_comes_next_and_its_links_lead_somewhere(notebook):
-    path, content = notebook
+def test_it_tells_what_comes_next_and_its_links_lead_somewhere(path, content):
     text = "\n".join(c.source for c in content.cells if c.cell_type == "markdown")
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
     assert links

@@ -8,9 +8,9 @@ import pytest
 import torch
 from marked import differences
 
+from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles
-from e2e_utils.models import model_from_checkpoint
 from e2e_utils.train import evaluate_split
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -47,20 +47,13 @@ def run(tmp_path_factory):
     return folder
 
 
-def read(path: Path):
-    return json.loads(path.read_text())
-
-
-def test_preparation_made_the_tiles_that_its_files_list(run):
-    for split in ("train", "val"):
-        coco = read(run / "tiles" / f"{split}_300_02.json")
-        files = {p.name for p in (run / "tiles" / f"{split}_images_300_02").iterdir()}
-        assert files == {image["file_name"] for image in coco["images"]}
-        assert len(coco["categories"]) == 60 and coco["annotations"]
+def results_of(run: Path, stage: str) -> dict:
+    """What a notebook recorded of itself."""
+    return json.loads((run / stage / "results.json").read_text())
 
 
 def test_the_detector_learned(run):
-    results = read(run / "training" / "results.json")
+    results = results_of(run, "training")
     assert results["step"] == 300
     # 300 of the default's 640 steps; guessing stays below 0.01
     assert results["AP50"] > 0.12
@@ -79,19 +72,15 @@ def test_its_average_precision_in_bf16_is_that_in_fp32(run):
     assert abs(full - lower) <= 0.005
 
 
-def test_a_scene_has_about_as_many_boxes_as_labels(run):
-    results = read(run / "training" / "results.json")
+def test_its_scene_agrees_with_sahi_and_has_about_as_many_boxes_as_labels(run):
+    results = results_of(run, "training")
+    assert results["corner_boxes"] == results["sahi_corner_boxes"] > 0
     # boxes above one threshold, after so short a training: a rough guard, no score
     assert 0.1 < results["scene_boxes"] / results["scene_labelled"] < 2
 
 
-def test_our_sliced_inference_agrees_with_sahi(run):
-    results = read(run / "training" / "results.json")
-    assert results["corner_boxes"] == results["sahi_corner_boxes"] > 0
-
-
 def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
-    results = read(run / "determined" / "results.json")
+    results = results_of(run, "determined")
     assert results["largest_loss_difference"] == 0
     assert results["largest_loss_difference_ray"] == 0
     assert results["converted_weights_equal"]
@@ -99,7 +88,7 @@ def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
 
 
 def test_every_server_gave_the_boxes_of_the_model(run):
-    results = read(run / "serving" / "results.json")
+    results = results_of(run, "serving")
     assert results["ways"] == 6 and results["boxes_local"] > 0
     assert results["max_box_difference_px"] <= 0.05
     assert results["max_score_difference"] <= 1e-4

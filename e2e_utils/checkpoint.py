@@ -1,0 +1,177 @@
+"""Checkpoints: what describes a detector, written whole, read strictly.
+
+Copy: this file, files.py, config.py and models.py.
+
+A checkpoint is a file of torch with a dict. `CHECKPOINT_KEYS` are in each of them, so
+that whoever reads it can build the detector without being told anything: to predict,
+to train on, to export and to serve.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+from .files import atomic_path
+from .models import build_model, resolved_settings
+
+CHECKPOINT_KEYS = ("model", "architecture", "settings", "class_names")
+# what only the training that goes on needs, as large as the weights
+TRAINING_KEYS = ("trained", "optimizer", "scheduler", "scaler", "unreported")
+
+
+def describe(config: TrainConfig, class_names: list[str]) -> dict:
+    """What a checkpoint says of its detector.
+
+    Returns:
+        "architecture", "settings" (all of them, with the values they have, so that a
+        default that changes later does not change this detector), "class_names" (index
+        = label, the background first), "tile_size" and "overlap".
+    """
+    return {
+        "architecture": config.model,
+        "settings": resolved_settings(
+            config.model, config.weights, config.weights_backbone, **config.settings
+        ),
+        "class_names": class_names,
+        "tile_size": config.tile_size,
+        "overlap": config.overlap,
+    }
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Write a checkpoint so that it appears whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # the name must not reach the disk before the bytes
+
+
+def load_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
+    """What torch.save wrote; no code that stands in it is run.
+
+    Raises:
+        ValueError: not such a file; the message names it.
+        OSError: there is no such file.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever the bytes lead to
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "nsupported" in line), lines[0])
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+
+
+def read_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu"
+) -> dict:
+    """The content of a checkpoint file.
+
+    Raises:
+        ValueError: not a checkpoint that describes its detector; the message names the
+            file and what it lacks.
+        OSError: there is no such file.
+    """
+    checkpoint = load_file(path, device)
+    keys = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    missing = [key for key in CHECKPOINT_KEYS if key not in keys]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: it was not written by e2e_utils.train "
+            f"(its keys: {', '.join(map(str, sorted(keys, key=str)))[:200]})"
+        )
+    return checkpoint
+
+
+def model_from_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, dict]:
+    """The detector of a checkpoint file, in evaluation mode, and what describes it.
+
+    Args:
+        path: a file written by `e2e_utils.train` or `kserve_utils.export`.
+        device: where the weights go.
+
+    Returns:
+        (model, meta): meta is the checkpoint without its weights and optimizer state:
+        architecture, settings, class_names (index = label), tile_size, overlap, and
+        what else the checkpoint says.
+
+    Raises:
+        ValueError: not such a checkpoint; the message names the file and what lacks.
+    """
+    checkpoint = read_checkpoint(path, device)
+    model = load_detector(checkpoint, path).to(device)
+    left_out = ("model", *TRAINING_KEYS)
+    return model, {k: v for k, v in checkpoint.items() if k not in left_out}
+
+
+def load_detector(checkpoint: dict, path: str | os.PathLike) -> nn.Module:
+    """The detector of a checkpoint's content, in evaluation mode.
+
+    Args:
+        checkpoint: of `read_checkpoint`.
+        path: of its file, for the error.
+
+    Raises:
+        ValueError: the weights do not fit what the checkpoint says of itself.
+    """
+    name, classes = checkpoint["architecture"], len(checkpoint["class_names"])
+    model = build_model(name, classes, **checkpoint["settings"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} do not fit {name} with {classes} classes: "
+            f"{str(error)[:300]}"
+        ) from error
+    return model.eval()
+
+
+def start_from(
+    model: nn.Module,
+    path: str | os.PathLike,
+    architecture: str,
+    class_names: list[str],
+) -> None:
+    """Give a model the weights of a checkpoint, to train on from there.
+
+    Args:
+        model: of `build_model`, in place.
+        path: a file that `read_checkpoint` reads.
+        architecture: the model's name.
+        class_names: of its labels, in their order.
+
+    Raises:
+        ValueError: not such a checkpoint, or one of another architecture, other
+            classes, or other settings that change a weight's shape.
+    """
+    there = read_checkpoint(path)
+    if there["architecture"] != architecture:
+        raise ValueError(
+            f"init_checkpoint {path} holds architecture {there['architecture']}, "
+            f"the run wants {architecture}"
+        )
+    learned = list(there["class_names"])
+    if learned != class_names:
+        pairs = zip(learned, class_names, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        what = f"{len(learned)} classes, the run has {len(class_names)}"
+        if first is not None:
+            what = (
+                f"{learned[first]!r} as label {first}, the run {class_names[first]!r}"
+            )
+        raise ValueError(f"init_checkpoint {path} has {what}")
+    try:
+        model.load_state_dict(there["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"init_checkpoint {path} was trained with other settings: {error}"[:400]
+        ) from error

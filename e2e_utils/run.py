@@ -1,0 +1,263 @@
+"""A training run: set up once, resumed where it stopped, saved whole.
+
+Copy: this file, checkpoint.py, files.py, config.py, data.py, sampling.py, models.py,
+hardware.py and optim.py.
+
+`train.fit` goes on from here, and so does a loop of another framework: it takes the
+model, the optimizer, the data and the precision of a `Run`, and leaves the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from .checkpoint import describe, save_checkpoint, start_from
+from .config import TrainConfig, check_same_run
+from .data import CocoTiles, default_augment, train_loader
+from .hardware import (
+    PRECISIONS,
+    choose_precision,
+    find_device,
+    grad_scaler,
+    memory_format,
+    native_precisions,
+)
+from .models import build_model
+from .optim import make_optimizer, make_scheduler
+from .sampling import aspect_ratio_groups, epoch_length, repeat_factors
+
+
+def start_process_group(device_name: str | None = None) -> tuple[int, int, int]:
+    """(rank, world size, local rank), joining the group that torchrun announces.
+
+    Args:
+        device_name: of the configuration; decides what the processes speak over.
+
+    Raises:
+        ValueError: no such device on this machine, or one GPU for all processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world_size > 1 and not dist.is_initialized():
+        if device_name and ":" in device_name:
+            raise ValueError(
+                f"device {device_name!r} for {world_size} processes: give 'cuda', and "
+                "each takes one of its own"
+            )
+        device = find_device(device_name, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL gathers objects on this one
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        return 0, 1, 0
+    return dist.get_rank(), dist.get_world_size(), local_rank
+
+
+def gather(value: Any) -> list:
+    """What each process gives, in the order of their ranks; all of them must ask."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Run:
+    """A run as one process has it: made once, from the beginning or from last.pt.
+
+    Args:
+        config: of the run. If its output_dir holds the last.pt of the same
+            configuration, it goes on from there; with an empty output_dir it begins.
+
+    Attributes:
+        rank, world_size, device, precision: of this process; precision is a key of
+            `hardware.PRECISIONS`, the same on all processes.
+        train_set, val_set: CocoTiles.
+        steps_per_epoch, steps: the latter of the whole run.
+        model: what learns.
+        eval_model: what is evaluated and served: the model, or the average of its
+            weights.
+        optimizer, scheduler, scaler: as torch has them.
+        step: how many are done.
+        metrics, best: of the last evaluation, and the highest best_metric so far.
+        unreported: (losses, image ids) of each step since the last report; losses are
+            float32 (L,) on the device.
+
+    Raises:
+        ValueError, FileNotFoundError: see `train.fit`.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        config.check()
+        self.config = config
+        self.rank, self.world_size, local_rank = start_process_group(config.device)
+        self.device = find_device(config.device, local_rank)
+        state = read_last(config, self.device)
+        self.precision = agree_on_precision(config, self.device, state)
+        self._open_tiles(local_rank)
+        self._make_model(begins=not state)
+        self.optimizer = make_optimizer(self.model, config, self.world_size)
+        self.scheduler = make_scheduler(
+            self.optimizer, config, self.steps, self.steps_per_epoch
+        )
+        self.scaler = grad_scaler(self.precision, self.device)
+        self.step, self.best = 0, -1.0
+        self.metrics: dict = {}
+        self.unreported: list[tuple[torch.Tensor, list[int]]] = []
+        if state:
+            self._resume(state)
+
+    def _open_tiles(self, local_rank: int) -> None:
+        config = self.config
+        if self.world_size > 1 and local_rank:
+            dist.barrier()  # one process of a machine writes what cache="disk" keeps
+        train = CocoTiles(*config.split("train"), default_augment(), config.cache)
+        self.train_set = train
+        self.val_set = CocoTiles(*config.split("val"), cache=config.cache)
+        if self.world_size > 1 and not local_rank:
+            dist.barrier()
+        self.repeats = repeat_factors(train, config.repeat_threshold)
+        self.groups = aspect_ratio_groups(train, config.aspect_ratio_group_factor)
+        size = config.batch_size
+        tiles = epoch_length(len(train), size, self.repeats, self.groups)
+        self.steps_per_epoch = max(1, tiles // (size * self.world_size))
+        self.steps = config.steps or config.epochs * self.steps_per_epoch
+
+    def _make_model(self, begins: bool) -> None:
+        config, names = self.config, self.train_set.class_names
+        torch.manual_seed(config.seed)
+        pretrained = config.weights, config.weights_backbone
+        model: Any = build_model(
+            config.model, len(names), *pretrained, **config.settings
+        )
+        if begins and config.init_checkpoint:
+            start_from(model, config.init_checkpoint, config.model, names)
+        layout = memory_format(self.precision)
+        self.model = self.eval_model = model.to(self.device, memory_format=layout)
+        if config.ema:
+            self.eval_model = copy.deepcopy(model).requires_grad_(False)
+        if config.compile:
+            model.backbone.compile()  # not the rest, whose shapes change with the tiles
+
+    def _resume(self, state: dict) -> None:
+        """Put the run back where its last.pt was written."""
+        self.eval_model.load_state_dict(state["model"])
+        self.model.load_state_dict(state.get("trained", state["model"]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.metrics = state["metrics"]
+        self.unreported = [(losses, []) for losses in state.get("unreported", [])]
+        state.clear()  # its tensors
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of autocast."""
+        return PRECISIONS[self.precision]
+
+    def loader(self, last: int | None = None) -> DataLoader:
+        """The batches of this process from its step on, to the end or step `last`."""
+        return train_loader(
+            self.train_set,
+            self.config.batch_size,
+            last or self.steps,
+            start=self.step,
+            seed=self.config.seed,
+            workers=self.config.workers,
+            rank=self.rank,
+            world_size=self.world_size,
+            repeats=self.repeats,
+            groups=self.groups,
+        )
+
+    def is_due(self, period: int | None) -> bool:
+        """Whether what is done each `period` steps is done now; at the end it is."""
+        if not period:
+            return False
+        return self.step % period == 0 or self.step == self.steps
+
+    def describe(self) -> dict:
+        """What its checkpoints say besides the weights."""
+        return {
+            **describe(self.config, self.train_set.class_names),
+            "precision": self.precision,
+            "step": self.step,
+            "metrics": self.metrics,
+        }
+
+    def save(self) -> None:
+        """Write last.pt, and best.pt if the evaluation of this step was the best."""
+        content = {
+            "model": self.eval_model.state_dict(),
+            **self.describe(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.step // self.steps_per_epoch,
+            "config": asdict(self.config),
+            "best": self.best,
+        }
+        output = Path(self.config.output_dir)
+        # best.pt first: killed in between, the run repeats this step and both
+        # a metric is None where it has no ground truth
+        now = self.metrics.get(self.config.best_metric) or 0.0
+        if self.metrics.get("step") == self.step and now == self.best:
+            save_checkpoint(output / "best.pt", content)
+        if self.eval_model is not self.model:
+            content["trained"] = self.model.state_dict()
+        content["unreported"] = [losses for losses, _ in self.unreported]
+        save_checkpoint(output / "last.pt", content)
+
+
+def read_last(config: TrainConfig, device: torch.device) -> dict:
+    """last.pt of the run that goes on, or {}; the same on all processes.
+
+    Raises:
+        ValueError: output_dir holds a run of another configuration, or processes see
+            different runs there. On all of them, so that none waits for another.
+    """
+    state: dict = {}
+    path = Path(config.output_dir) / "last.pt"
+    if config.output_dir and path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        check_same_run(state["config"], config)
+    if len(set(gather((state.get("step"), state.get("precision"))))) > 1:
+        raise ValueError(
+            f"{config.output_dir} is not the same on all machines: output_dir must be "
+            "a folder that each of them sees"
+        )
+    return state
+
+
+def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -> str:
+    """What all processes compute in: what each of them has units for.
+
+    Raises:
+        ValueError: the run in output_dir cannot go on in its precision here.
+    """
+    units: Iterable = map(set, gather(native_precisions(device)))
+    able: set[str] = set.intersection(*units)
+    if state and "precision" not in state and config.amp == "auto":
+        raise ValueError(
+            f"{config.output_dir}/last.pt lacks its precision: give amp='off' or 'bf16'"
+        )
+    began = state.get("precision")
+    try:
+        return choose_precision(config.amp, config.model, device, able, began)
+    except ValueError as error:
+        if not state:
+            raise
+        raise ValueError(
+            f"{config.output_dir} holds a run that cannot go on here: {error}"
+        ) from error
