@@ -223,7 +223,7 @@ def _arrays(boxes: list, labels: list, scores: list, names: list) -> dict:
 
 
 def _labels(url: str, names: list, class_names: Sequence[str] | None) -> np.ndarray:
-    """The label of each name that a server told."""
+    """The label of each name of an answer."""
     known = list(class_names) if class_names is not None else xview_names()
     label_of = {name: label for label, name in enumerate(known)}
     unknown = sorted(set(names) - set(label_of))
@@ -232,9 +232,8 @@ def _labels(url: str, names: list, class_names: Sequence[str] | None) -> np.ndar
     return np.array([label_of[name] for name in names], dtype=np.int64)
 
 
-_PROTOCOLS: dict[
-    str, tuple
-] = {  # path below the base URL, the request, the answer's boxes
+# path below the base URL, the request, the boxes of an answer
+_PROTOCOLS: dict[str, tuple] = {
     "v1": ("v1/models/{}:predict", _v1, _rows),
     "v2": ("v2/models/{}/infer", _v2, _columns),
 }
