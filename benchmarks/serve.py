@@ -13,14 +13,14 @@ every core. TorchServe runs in both sensible ways, one worker with all cores and
 worker for each core, and the faster at eight clients is the peer. The predictor
 computes as many pictures at once as there are cores, each on one thread.
 
-What is equal depends on the precision. fp32 is judged by boxes: each server's are
-compared with TorchServe's before, as many, the same labels, within 0.05 px and 1e-4.
-bf16 and fp16 differ by design and are judged by AP on labelled tiles, as `approve_bf16`
-does: it may drop by 0.005. That takes a detector that finds something. fasterrcnn_small
-is trained here for it, 120 steps on drawn squares, bars and discs; other architectures
-are untrained, their class scores spread until they find boxes, and what a lower
-precision costs them is not judged; --checkpoint brings a trained one. It is measured
-where the CPU (OpenVINO) or a GPU (torch) has units for it.
+What is equal depends on the precision. In fp32 boxes are compared: each server's with
+TorchServe's before, as many, the same labels, within 0.05 px and 1e-4. bf16 and fp16
+differ by design, so AP on labelled tiles is, as `approve_precision` does: it may drop
+by 0.005. That takes a detector that finds something. fasterrcnn_small is trained here
+for it, 120 steps on drawn squares, bars and discs; other architectures are untrained,
+their class scores spread until they find boxes, and what a lower precision costs them
+is not compared; --checkpoint brings a trained one. It is measured where the CPU
+(OpenVINO) or a GPU (torch) has units for it.
 
 Memory is what the processes of a server hold for themselves after the load, shared
 pages counted in parts (PSS).
@@ -53,7 +53,7 @@ from e2e_utils.hardware import native_precisions
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image
 from e2e_utils.train import fit
-from kserve_utils.approve import MAX_DROP, approve_bf16
+from kserve_utils.approve import MAX_DROP, approve_precision
 from kserve_utils.artefact import write_artefact
 from kserve_utils.client import predict_remote
 from kserve_utils.engines import load_engine, read_artefact
@@ -182,7 +182,7 @@ def self_labelled(artefact: Path, pictures: list[bytes], folder: Path) -> tuple:
 
 
 def approve(artefact: Path, subject: Subject, folder: Path) -> dict:
-    """(engine, precision) -> outcome of `approve_bf16`, None where nothing can judge.
+    """(engine, precision) -> outcome of `approve_precision`; None: nothing can tell.
 
     Without labelled tiles a precision is allowed whatever it costs: then this compares
     speed alone, and says so.
@@ -191,18 +191,20 @@ def approve(artefact: Path, subject: Subject, folder: Path) -> dict:
     if torch.cuda.is_available():
         native = native_precisions(torch.device("cuda"))
         asked += [("torch", precision) for precision in native[1:]]
-    judged = subject.labelled is not None
+    known = subject.labelled is not None
     tiles = subject.labelled or self_labelled(artefact, subject.pictures[:3], folder)
-    most = MAX_DROP if judged else 1.0
+    most = MAX_DROP if known else 1.0
     for engine, precision in asked:
         try:
-            outcome = approve_bf16(artefact, engine, *tiles, most, precision=precision)
+            outcome = approve_precision(
+                artefact, engine, *tiles, most, precision=precision
+            )
         except RuntimeError as error:
             print(f"no {precision} of {engine}: {error}")
             continue
         except ValueError as error:  # tiles that tell nothing of this detector
             raise SystemExit(f"error: {error}") from error
-        outcomes[engine, precision] = outcome if judged else None
+        outcomes[engine, precision] = outcome if known else None
     return outcomes
 
 
@@ -288,10 +290,9 @@ def start_all(
     """Name -> (base URL, processes): TorchServe in two layouts, and each engine."""
     cores, servers = len(os.sched_getaffinity(0)), {}
     for workers, threads in sorted({(1, cores), (cores, 1)}):
-        place = with_workers(tree, workers, folder / f"store-{workers}")
-        servers[f"TorchServe {workers} x {threads}"] = start(
-            stack, torchserve(place, threads=threads)
-        )
+        store = with_workers(tree, workers, folder / f"store-{workers}")
+        server = start(stack, torchserve(store, threads=threads))
+        servers[f"TorchServe {workers} x {threads}"] = server
     for engine, precision in engines:
         options = {"engine": engine, "precision": precision, "threads": 1}
         options["arguments"] = ["--at_once", str(cores)]
@@ -366,22 +367,22 @@ def verdict(differ: list[str], outcomes: dict) -> str:
     """
     if differ:
         sys.exit(f"the servers differ: {', '.join(differ)}, boxes against TorchServe")
-    told = ["fp32: the boxes of every engine are TorchServe's"]
+    lines = ["fp32: the boxes of every engine are TorchServe's"]
     for (engine, precision), outcome in outcomes.items():
         name = f"{precision} of {engine}"
         if outcome is None:
-            told.append(f"{name}: its cost is not judged, the detector is untrained")
+            lines.append(f"{name}: its cost is not compared, the detector is untrained")
             continue
         figures = f"AP {outcome[f'AP_{precision}']:.4f}, fp32 {outcome['AP_fp32']:.4f}"
         if not outcome["approved"]:
             sys.exit(f"{name} costs more than {MAX_DROP} of AP: {figures}; not served")
-        told.append(f"{name}: {figures}, approved")
-    return "; ".join(told)
+        lines.append(f"{name}: {figures}, approved")
+    return "; ".join(lines)
 
 
 def show_claims(claims: list[dict]) -> None:
     print(f"\n{'claim':<68}{'ours':>9}{'peer':>9}{'ratio':>7}  equal")
-    words = {True: "yes", False: "NO", None: "not judged"}
+    words = {True: "yes", False: "NO", None: "not compared"}
     for row in claims:
         digits = 4 if row["unit"] == "AP" else 2
         numbers = f"{row['ours']:>9.{digits}f}{row['peer']:>9.{digits}f}"

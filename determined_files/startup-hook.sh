@@ -40,17 +40,9 @@ PYTHON
 )
 if ((${#missing[@]})); then
     echo "startup-hook: installing ${missing[*]}"
-    held="$(mktemp)"
-    trap 'rm -f "$held"' EXIT
-    "$python" -c '
-import importlib.metadata as metadata
-for name in ("torch", "torchvision", "numpy"):
-    try:
-        print(f"{name}=={metadata.version(name)}")
-    except metadata.PackageNotFoundError:
-        pass
-' >"$held"
-    "$python" -m pip install --quiet --constraint "$held" "${missing[@]}"
+    installed="$("$python" -m pip list --format freeze)"
+    "$python" -m pip install --quiet "${missing[@]}" \
+        --constraint <(grep -E '^(torch|torchvision|numpy)==' <<<"$installed")
 fi
 
 if [[ -z "${E2E_LABELS_URL:-}" ]]; then
@@ -59,34 +51,28 @@ if [[ -z "${E2E_LABELS_URL:-}" ]]; then
 fi
 : "${E2E_LABELS_DIR:?startup-hook: set E2E_LABELS_DIR, the folder for the labels}"
 mkdir -p "$E2E_LABELS_DIR"
-for name in train_300_02.json val_300_02.json; do
-    target="$E2E_LABELS_DIR/$name"
-    part="$target.part.$$"
-    if [[ -s "$target" ]]; then
-        echo "startup-hook: $name is there"
-        continue
-    fi
-    "$python" - "$E2E_LABELS_URL" "$name" "$part" <<'PYTHON' || {
+"$python" - "$E2E_LABELS_URL" "$E2E_LABELS_DIR" <<'PYTHON'
 import json
 import sys
+from pathlib import Path
 
 import obstore
 
+from e2e_utils.files import write_file
 from e2e_utils.storage import open_store
 
-folder, name, target = sys.argv[1:]
-try:
-    content = bytes(obstore.get(open_store(folder), name).bytes())
-    json.loads(content)
-    with open(target, "wb") as file:
-        file.write(content)
-except Exception as error:
-    reason = str(error).strip().splitlines()[0]
-    sys.exit(f"startup-hook: could not fetch {name} from {folder}: {reason}")
+url, folder = sys.argv[1:]
+for name in ("train_300_02.json", "val_300_02.json"):
+    target = Path(folder, name)
+    if target.is_file() and target.stat().st_size:
+        print(f"startup-hook: {name} is there")
+        continue
+    try:
+        content = bytes(obstore.get(open_store(url), name).bytes())
+        json.loads(content)
+        write_file(target, [content])
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        sys.exit(f"startup-hook: could not fetch {name} from {url}: {reason}")
+    print(f"startup-hook: fetched {name}")
 PYTHON
-        rm -f "$part"
-        exit 1
-    }
-    mv "$part" "$target"
-    echo "startup-hook: fetched $name"
-done

@@ -64,7 +64,8 @@ def load_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> An
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises whatever the bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "nsupported" in line), lines[0])
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
 
 

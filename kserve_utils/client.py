@@ -13,6 +13,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ from e2e_utils.classes import class_names as xview_names
 
 _BUSY = (429, 503)
 _GONE = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
-_OUTPUTS = ("boxes_xyxy", "labels", "scores", "names")  # of V2
+_HINTS = {
+    404: " (wrong model name, or the gateway does not know the host {host!r})",
+    413: " (the picture is larger than the server's max_request_size)",
+    429: " (the server has more requests than it can queue: ask again later)",
+    503: " (still starting, overloaded, or the request could not be parsed)",
+}
 
 
 class RemoteError(RuntimeError):
@@ -76,7 +82,7 @@ def predict_remote(
         ValueError: no such protocol, a score_threshold out of range, or the server
             names a class that is not in `class_names`.
     """
-    if protocol not in ("v1", "v2"):
+    if protocol not in _PROTOCOLS:
         raise ValueError(f"no protocol {protocol!r}; valid: v1, v2")
     if score_threshold is not None and not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
@@ -84,14 +90,9 @@ def predict_remote(
     if score_threshold is not None and (scene or protocol == "v2"):
         # a scene's boxes are merged after it; TorchServe, which has none, ignores it
         parameters["score_threshold"] = score_threshold
-    base = base_url.rstrip("/")
-    body: bytes | _Pieces
-    if protocol == "v1":
-        url = f"{base}/v1/models/{model_name}:predict"
-        body, headers = _v1(image, parameters)
-    else:
-        url = f"{base}/v2/models/{model_name}/infer"
-        body, headers = _v2(image, parameters)
+    path, request, parse = _PROTOCOLS[protocol]
+    url = f"{base_url.rstrip('/')}/{path.format(model_name)}"
+    body, headers = request(image, {"parameters": parameters} if parameters else {})
     if host:
         headers["Host"] = host
     response = _post(url, body, headers, timeout, retries)
@@ -99,48 +100,42 @@ def predict_remote(
         raise RemoteError(_failure(url, response, host), response.status_code)
     try:
         answer = response.json()
-        v1 = protocol == "v1"
-        rows = [_row(r) for r in answer["predictions"][0]] if v1 else []
-        found = {} if v1 else _columns(answer)
+        found = parse(answer)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RemoteError(
             f"{url} answered 200, but not with boxes: {response.text[:200]!r}", 200
         ) from error
-    if scene and protocol == "v1" and answer.get("scene") is not True:
-        raise RemoteError(
-            f"{url} took the scene for one picture, as TorchServe does: ask the "
-            "predictor, or slice it here with predict.predict_scene",
-            200,
-        )
-    if v1:
-        found = _labelled(url, rows, class_names)
+    if protocol == "v1":
+        if scene and answer.get("scene") is not True:
+            raise RemoteError(
+                f"{url} took the scene for one picture, as TorchServe does: ask the "
+                "predictor, or slice it here with predict.predict_scene",
+                200,
+            )
+        found["labels"] = _labels(url, found["names"], class_names)
     if score_threshold is not None:
         keep = found["scores"] >= np.float32(score_threshold)
-        names = [name for name, k in zip(found["names"], keep, strict=True) if k]
-        found = {key: found[key][keep] for key in _OUTPUTS[:3]} | {"names": names}
+        names = list(compress(found.pop("names"), keep))
+        found = {key: column[keep] for key, column in found.items()} | {"names": names}
     return found
 
 
-def _v1(image: bytes | str | Path, parameters: dict) -> tuple[bytes, dict]:
+def _v1(image: bytes | str | Path, head: dict) -> tuple[bytes, dict]:
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
-    body: dict = {"instances": [{"data": base64.b64encode(content).decode("ascii")}]}
-    if parameters:
-        body["parameters"] = parameters
-    return json.dumps(body).encode(), {"Content-Type": "application/json"}
+    instances = [{"data": base64.b64encode(content).decode("ascii")}]
+    body = json.dumps({"instances": instances, **head}).encode()
+    return body, {"Content-Type": "application/json"}
 
 
-def _v2(image: bytes | str | Path, parameters: dict) -> tuple[_Pieces, dict]:
+def _v2(image: bytes | str | Path, head: dict) -> tuple[_Pieces, dict]:
     """The binary form of KServe's V2: a JSON head, then the tensor's bytes."""
     size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
     tensor: dict = {"name": "image", "datatype": "UINT8", "shape": [size]}
     tensor["parameters"] = {"binary_data_size": size}
-    content: dict = {"inputs": [tensor]}
-    if parameters:
-        content["parameters"] = parameters
-    head = json.dumps(content).encode()
+    first = json.dumps({"inputs": [tensor], **head}).encode()
     headers = {"Content-Type": "application/octet-stream"}
-    headers["Inference-Header-Content-Length"] = str(len(head))
-    return _Pieces(head, image, size), headers
+    headers["Inference-Header-Content-Length"] = str(len(first))
+    return _Pieces(first, image, size), headers
 
 
 class _Pieces:
@@ -171,33 +166,51 @@ def _post(
         except requests.Timeout as error:
             raise RemoteError(f"{url} gave no answer in {timeout:g} s") from error
         except _GONE as error:
-            raise RemoteError(_broken(url, error)) from error
+            problem = (
+                "no connection to {}: is the server, or the port-forward, running?"
+            )
+            if any(word in str(error) for word in ("aborted", "broken", "reset")):
+                problem = (
+                    "the connection to {} broke off before the answer: the server "
+                    "ended, or refuses a body of this size"
+                )
+            raise RemoteError(problem.format(url)) from error
         if response.status_code not in _BUSY or attempt == retries:
-            return response
-        time.sleep(_pause(response, attempt))
-    raise AssertionError("unreachable")
+            break
+        wanted = response.headers.get("Retry-After", "")
+        time.sleep(min(30.0, float(wanted) if wanted.isdigit() else 0.5 * 2**attempt))
+    return response
 
 
-def _labelled(url: str, rows: list, class_names: Sequence[str] | None) -> dict:
-    """V1 tells names; here they get their labels."""
-    names = list(class_names) if class_names is not None else xview_names()
-    label_of = {name: label for label, name in enumerate(names)}
-    unknown = sorted({name for name, _, _ in rows} - set(label_of))
-    if unknown:
-        raise ValueError(f"{url} names classes that class_names lacks: {unknown}")
-    boxes = np.array([box for _, box, _ in rows], dtype=np.float32)
-    return {
-        "boxes_xyxy": boxes.reshape(-1, 4),
-        "labels": np.array([label_of[name] for name, _, _ in rows], dtype=np.int64),
-        "scores": np.array([score for _, _, score in rows], dtype=np.float32),
-        "names": [name for name, _, _ in rows],
-    }
+def _failure(url: str, response: requests.Response, host: str | None) -> str:
+    status = response.status_code
+    try:  # TorchServe says "message", KServe's wrapper "error"
+        content = response.json()
+        reason = str(content.get("message") or content.get("error") or content)
+    except (ValueError, AttributeError):
+        reason = response.text.strip() or response.reason or "no reason given"
+    hint = _HINTS.get(status, "").format(host=host)
+    return f"{url} answered {status}: {reason[:500]}{hint}"
+
+
+def _rows(answer: dict) -> dict:
+    """V1: a row is {class name: [x1, y1, x2, y2], "score": s}; it tells no labels."""
+    names, boxes, scores = [], [], []
+    for row in answer["predictions"][0]:
+        ((name, box),) = [(key, value) for key, value in row.items() if key != "score"]
+        names.append(name)
+        boxes.append([float(side) for side in box])
+        scores.append(float(row["score"]))
+    return _arrays(boxes, [0] * len(names), scores, names)
 
 
 def _columns(answer: dict) -> dict:
-    """The four outputs of a V2 answer."""
+    """V2: four outputs."""
     data = {output["name"]: output["data"] for output in answer["outputs"]}
-    boxes, labels, scores, names = (data[name] for name in _OUTPUTS)
+    return _arrays(data["boxes_xyxy"], data["labels"], data["scores"], data["names"])
+
+
+def _arrays(boxes: list, labels: list, scores: list, names: list) -> dict:
     found: dict = {
         "boxes_xyxy": np.array(boxes, dtype=np.float32).reshape(-1, 4),
         "labels": np.array(labels, dtype=np.int64),
@@ -209,40 +222,18 @@ def _columns(answer: dict) -> dict:
     return found
 
 
-def _row(row: dict) -> tuple[str, list[float], float]:
-    """(class name, box xyxy, score) of {class name: [x1, y1, x2, y2], "score": s}."""
-    score = float(row["score"])
-    ((name, box),) = [(k, v) for k, v in row.items() if k != "score"]
-    x1, y1, x2, y2 = map(float, box)
-    return name, [x1, y1, x2, y2], score
+def _labels(url: str, names: list, class_names: Sequence[str] | None) -> np.ndarray:
+    """The label of each name of an answer."""
+    known = list(class_names) if class_names is not None else xview_names()
+    label_of = {name: label for label, name in enumerate(known)}
+    unknown = sorted(set(names) - set(label_of))
+    if unknown:
+        raise ValueError(f"{url} names classes that class_names lacks: {unknown}")
+    return np.array([label_of[name] for name in names], dtype=np.int64)
 
 
-def _broken(url: str, error: Exception) -> str:
-    text = str(error)
-    if "aborted" in text or "broken" in text or "reset" in text:
-        return (
-            f"the connection to {url} broke off before the answer: the server ended, "
-            "or refuses a body of this size"
-        )
-    return f"no connection to {url}: is the server, or the port-forward, running?"
-
-
-def _pause(response: requests.Response, attempt: int) -> float:
-    wanted = response.headers.get("Retry-After", "")
-    return min(30.0, float(wanted) if wanted.isdigit() else 0.5 * 2**attempt)
-
-
-def _failure(url: str, response: requests.Response, host: str | None) -> str:
-    status = response.status_code
-    try:  # TorchServe says "message", KServe's wrapper "error"
-        told = response.json()
-        reason = str(told.get("message") or told.get("error") or told)
-    except (ValueError, AttributeError):
-        reason = response.text.strip() or response.reason or "no reason given"
-    hint = {
-        404: f" (wrong model name, or the gateway does not know the host {host!r})",
-        413: " (the picture is larger than the server's max_request_size)",
-        429: " (the server has more requests than it can queue: ask again later)",
-        503: " (still starting, overloaded, or the request could not be parsed)",
-    }.get(status, "")
-    return f"{url} answered {status}: {reason[:500]}{hint}"
+# path below the base URL, the request, the boxes of an answer
+_PROTOCOLS: dict[str, tuple] = {
+    "v1": ("v1/models/{}:predict", _v1, _rows),
+    "v2": ("v2/models/{}/infer", _v2, _columns),
+}

@@ -1,6 +1,6 @@
 """Who runs a detector: an artefact as torch, OpenVINO or ONNX Runtime computes it.
 
-Copy: this file, models.py and hardware.py.
+Copy: this file. (And e2e_utils.)
 
 `load_engine` gives each of them as a detector in torchvision's convention, so that
 `predict_image` and `predict_scene` take it as they take a model. `artefact.py` writes
@@ -43,16 +43,15 @@ def load_engine(
     device: str | None = None,
     at_once: int = 1,
     approved_only: bool = True,
-    emulate: bool = False,
 ) -> tuple[nn.Module, dict]:
     """A detector of an artefact, ready to predict on this machine.
 
     Args:
         artefact_dir: written by `artefact.write_artefact`.
         engine: one of `ENGINES`.
-        precision: "fp32", or "bf16" or "fp16" for those that were approved on one's own
-            tiles (kserve_utils.approve), on a device that has units for
-            it. fp16 is for "torch" on a GPU without bf16, such as a T4 or a V100.
+        precision: "fp32", or "bf16" or "fp16" if it was approved on one's own tiles
+            (kserve_utils.approve), on a device that has units for it. fp16 is for
+            "torch" on a GPU without bf16, such as a T4 or a V100.
         threads: of the CPU that one picture uses; None for what the library takes by
             itself. For "torch" it counts for the whole process.
         device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
@@ -62,8 +61,6 @@ def load_engine(
         at_once: how many threads will call the detector at the same time; OpenVINO
             makes their passes wait for each other otherwise.
         approved_only: False for the measurement that approves a precision.
-        emulate: let "torch" emulate a precision that the device has no units for; for
-            tests.
 
     Returns:
         (module, meta). module takes a list of float32 (3, H, W) in 0..1 of any sizes
@@ -74,9 +71,8 @@ def load_engine(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no such engine, precision or device, or no such pair of them; not an
-            artefact, or one without this engine, or a damaged file; bf16 or fp16 is not
-            approved.
+        ValueError: no such engine, precision or device; not an artefact, one without
+            this engine, or a damaged one; bf16 or fp16 is not approved.
         ImportError: the engine's library is not installed.
         RuntimeError: this device or engine has no such precision.
     """
@@ -87,7 +83,7 @@ def load_engine(
     for name, value in (("threads", threads), ("at_once", at_once)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    place = resolve_device(engine, device)
+    where = resolve_device(engine, device)
     folder = Path(artefact_dir)
     meta = read_artefact(folder)
     if engine not in meta["engines"]:
@@ -99,35 +95,24 @@ def load_engine(
     _check_files(folder, engine, meta)
     if precision != "fp32":
         if approved_only:
-            _check_approved(folder, engine, precision, place, meta)
-        _check_native(engine, precision, place, emulate)
+            _check_approved(folder, engine, precision, where, meta)
+        _check_native(engine, precision, where)
     if engine == "torch":
-        module, used = _torch(folder, precision, threads, place)
+        module, used = _torch(folder, precision, threads, where)
     else:
         run, used = RUNNERS[engine](folder, precision, threads, at_once)
         module = Compiled(run)
-    return module.eval(), {
-        **meta,
-        "engine": engine,
-        "precision": precision,
-        "threads": used,
-        "device": str(place),
-    }
+    meta |= {"engine": engine, "precision": precision}
+    return module.eval(), {**meta, "threads": used, "device": str(where)}
 
 
 def resolve_device(engine: str, device: str | None = None) -> torch.device:
-    """Where an engine computes: the argument of `load_engine` as a device.
-
-    Raises:
-        ValueError: no such device, or the engine does not run there.
-    """
-    if engine == "torch":
-        return find_device(device)
-    if device is not None and device.startswith("cuda"):
+    """Where an engine computes; ValueError if there is no such device for it."""
+    if engine != "torch" and (device or "cpu").startswith("cuda"):
         raise ValueError(
             f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
         )
-    return find_device(device or "cpu")
+    return find_device(device if engine == "torch" else device or "cpu")
 
 
 def _check_files(folder: Path, engine: str, meta: dict) -> None:
@@ -145,8 +130,8 @@ def _check_approved(
     folder: Path, engine: str, precision: str, device: torch.device, meta: dict
 ) -> None:
     measured = meta.get(precision, {}).get(engine, {})
-    there = torch.device(measured.get("device", "cpu")).type  # other kernels elsewhere
-    if not measured.get("approved") or there != device.type:
+    at = torch.device(measured.get("device", "cpu")).type  # other kernels elsewhere
+    if not measured.get("approved") or at != device.type:
         option = "" if precision == "bf16" else f" --precision {precision}"
         raise ValueError(
             f"{precision} is not approved for {engine} on {device.type} in {folder}: "
@@ -278,19 +263,14 @@ def _onnxruntime(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are about the graph's own shapes
-    options.intra_op_num_threads = threads or _cores()
+    # those that this process may use; not every system tells
+    cores = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+    options.intra_op_num_threads = threads or len(cores(0))
     session = onnxruntime.InferenceSession(
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
     run = lambda image: session.run(None, {"image": image})  # noqa: E731
     return run, options.intra_op_num_threads
-
-
-def _cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 RUNNERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
@@ -307,14 +287,10 @@ def require_libraries(engine: str, *further: str) -> None:
             ) from error
 
 
-def _check_native(
-    engine: str, precision: str, device: torch.device, emulate: bool
-) -> None:
+def _check_native(engine: str, precision: str, device: torch.device) -> None:
     """RuntimeError where it would be emulated, or computed in another precision."""
     if engine == "torch":
         native = native_precisions(device)
-        if emulate:
-            return
     elif engine == "openvino" and precision == "bf16":
         import openvino
 

@@ -2,9 +2,8 @@
 
     python -m kserve_utils.export --stripped-ckpt stripped.pth --out-dir store
 
-Copy: this file and models.py. (The archive also takes the files beside
-`fasterrcnn_handler.py`; pass their folder as `server_dir` if `kserve_utils` is not
-installed.)
+Copy: this file and engines.py. (And e2e_utils; for an archive or a model store also the
+folder torchserve_utils.)
 
 Everything that a server has to know (architecture, settings, class names, tile size,
 threshold) travels in the artefact, so that no server repeats it.
@@ -13,7 +12,6 @@ threshold) travels in the artefact, so that no server repeats it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -25,12 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils import models
-from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.checkpoint import load_detector, load_file, save_checkpoint
+from e2e_utils.files import atomic_path, write_file
 
-DESCRIBES = ("architecture", "settings", "class_names", "tile_size", "overlap")
+from .engines import DESCRIBES, load_eager
+
+MAX_PIXELS = 4096 * 4096  # of a picture that servers take
+CODE = ("models.py",)  # of e2e_utils, what builds a detector in the archive
+_TABLES = ("detector.json", "index_to_name.json")
+_SERVER = Path(__file__).with_name("torchserve_utils")
 
 
 def strip_checkpoint(
@@ -70,8 +75,8 @@ def strip_checkpoint(
     given: dict = {"architecture": architecture, "class_names": class_names}
     given |= {"settings": settings, "tile_size": tile_size, "overlap": overlap}
     known: dict = {"settings": {}, "tile_size": 300, "overlap": 0.2}
-    said = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
-    known |= {k: said[k] for k in DESCRIBES if k in said}
+    own = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
+    known |= {k: own[k] for k in DESCRIBES if k in own}
     known |= {k: v for k, v in given.items() if v is not None}
     missing = [key for key in ("architecture", "class_names") if key not in known]
     if missing:
@@ -80,42 +85,22 @@ def strip_checkpoint(
             f"{' and '.join(f'{key}=...' for key in missing)} (architecture: one of "
             f"{', '.join(models.MODELS)}; class_names: a list, the background first)"
         )
-    weights = _weights(checkpoint, path)
-    beside = target.with_name(target.name + ".part")
+    content = {"model": _weights(checkpoint, path), **known}
+    load_detector(content, path)  # it fits, before anyone relies on it
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save({"model": weights, **known}, beside)
-        try:
-            model_from_checkpoint(beside)  # fits, before anyone relies on it
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(beside), str(path))) from error
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    save_checkpoint(target, content)
     return target
 
 
 def _load(path: Path) -> dict:
     """A checkpoint read as data: tensors, plain Python, numpy arrays, a Namespace."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     # Determined saves numpy's random state, torchvision its arguments
-    harmless: list = [
-        argparse.Namespace,
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.uint32)),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # numpy 1
-    ]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # fed with some other file, an unpickler raises anything
-        lines = [line for line in str(error).splitlines() if "nsupported" in line]
-        reason = (lines or str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+    harmless: list = [argparse.Namespace, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+    for package in ("numpy._core", "numpy.core"):  # the second is that of numpy 1
+        harmless.append((reconstruct, f"{package}.multiarray._reconstruct"))
+    with torch.serialization.safe_globals(harmless):
+        checkpoint = load_file(path)
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
         raise ValueError(f"{path} holds a {kind}, not the dict of a checkpoint")
@@ -145,9 +130,37 @@ def _weights(checkpoint: dict, path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def index_to_name(class_names: list[str]) -> dict[str, str]:
-    """TorchServe's class table: the label as text -> the name."""
-    return {str(label): name for label, name in enumerate(class_names)}
+def read_stripped(
+    ckpt_path: str | Path, score_threshold: float = 0.0, max_pixels: int = MAX_PIXELS
+) -> tuple[nn.Module, dict]:
+    """The detector of a stripped checkpoint, and what a server has to know of it.
+
+    Args:
+        ckpt_path: written by `strip_checkpoint`.
+        score_threshold: servers return no boxes below, 0..1. The detector's own
+            threshold comes before it.
+        max_pixels: servers refuse larger pictures; the default is 4096 x 4096.
+
+    Returns:
+        (model, description): ready to predict; `DESCRIBES` and the two limits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not stripped, or a limit is out of range.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
+    model, meta = load_eager(ckpt_path)
+    odd = sorted(set(meta) ^ set(DESCRIBES))
+    if odd:
+        raise ValueError(
+            f"{ckpt_path} is not stripped ({', '.join(odd)}): use strip_checkpoint"
+        )
+    description = {key: meta[key] for key in DESCRIBES}
+    limits = {"score_threshold": score_threshold, "max_pixels": max_pixels}
+    return model, description | limits
 
 
 def write_mar(
@@ -157,53 +170,42 @@ def write_mar(
     *,
     version: str = "1.0",
     score_threshold: float = 0.0,
-    max_pixels: int = 16_777_216,
-    server_dir: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Path:
     """Archive a stripped checkpoint and all that a TorchServe needs to serve it.
 
     Args:
         stripped_ckpt: written by `strip_checkpoint`.
         out_dir: gets `<model_name>.mar`, in place of an older one.
-        model_name: the model's name in the URL.
-        version: of the model, told by the server.
-        score_threshold: boxes below are not returned, 0..1. The detector's own
-            `box_score_thresh` comes before it.
-        max_pixels: larger pictures are refused; the default is 4096 x 4096.
-        server_dir: folder of fasterrcnn_handler.py and model-xview.py.
+        model_name: in the URL.
+        version: of the model, as the server gives it.
+        score_threshold, max_pixels: as for `read_stripped`.
 
     Returns:
-        The path of the archive. Inside: the checkpoint, models.py, detector.json
-        (what describes the weights, and the limits), index_to_name.json, the handler
-        and model-xview.py, which builds the detector that detector.json names.
+        The path of the archive. Inside: the checkpoint, the code that builds its
+        detector, detector.json (what describes the weights, and the limits),
+        index_to_name.json, the handler and model-xview.py, which loads that code.
 
     Raises:
-        ValueError: no stripped checkpoint, or a threshold outside 0..1.
+        FileNotFoundError, ValueError: as `read_stripped`.
         RuntimeError: torch-model-archiver failed; with its message.
     """
-    if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
-    stripped, out = Path(stripped_ckpt), Path(out_dir)
-    _, meta = model_from_checkpoint(stripped)
-    description = {key: meta[key] for key in DESCRIBES}
-    description |= {"score_threshold": score_threshold, "max_pixels": max_pixels}
-    server = Path(server_dir) if server_dir else _server_dir()
+    _, description = read_stripped(stripped_ckpt, score_threshold, max_pixels)
+    names = {str(label): n for label, n in enumerate(description["class_names"])}
+    out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # The archiver stages in <temp folder>/<model name> and empties it first: runs at
     # the same time would destroy each other's, so each gets a temp folder of its own.
     with tempfile.TemporaryDirectory(dir=out, prefix=".mar-") as staging:
-        files = {
-            "detector.json": description,
-            "index_to_name.json": index_to_name(meta["class_names"]),
-        }
-        for name, content in files.items():
-            _write_text(Path(staging, name), json.dumps(content, indent=2) + "\n")
-        extra = [Path(staging, name) for name in files] + [Path(models.__file__)]
+        extra = [Path(models.__file__).with_name(name) for name in CODE]
+        for name, content in zip(_TABLES, (description, names), strict=True):
+            extra.append(Path(staging, name))
+            extra[-1].write_text(json.dumps(content, indent=2) + "\n")
         command = [sys.executable, "-m", "model_archiver.model_packaging"]
         command += ["--model-name", model_name, "--version", version]
-        command += ["--model-file", str(server / "model-xview.py")]
-        command += ["--serialized-file", str(stripped)]
-        command += ["--handler", str(server / "fasterrcnn_handler.py")]
+        command += ["--model-file", str(_SERVER / "model-xview.py")]
+        command += ["--serialized-file", str(stripped_ckpt)]
+        command += ["--handler", str(_SERVER / "fasterrcnn_handler.py")]
         command += ["--extra-files", ",".join(map(str, extra))]
         command += ["--export-path", staging]
         done = subprocess.run(
@@ -216,107 +218,48 @@ def write_mar(
         archive = Path(staging, f"{model_name}.mar")
         if done.returncode or not archive.is_file():
             raise RuntimeError(f"torch-model-archiver failed: {done.stderr[-2000:]}")
-        os.replace(archive, out / archive.name)
-    return out / f"{model_name}.mar"
+        return archive.replace(out / archive.name)
 
 
-def _server_dir() -> Path:
-    spec = importlib.util.find_spec("kserve_utils.torchserve_utils")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("kserve_utils is not installed: pass server_dir=...")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-# Of a pod: KServe's own server has 8080 (HTTP) and 8081 (gRPC) and asks TorchServe over
-# loopback; Prometheus reads the metrics from outside.
-POD_ADDRESSES = {
-    "inference_address": "http://127.0.0.1:8085",
-    "management_address": "http://127.0.0.1:8083",
-    "metrics_address": "http://0.0.0.0:8082",
-    "grpc_inference_port": 7070,
-    "grpc_management_port": 7071,
-    "model_store": "/mnt/models/model-store",
-}
-
-_CONFIG = """\
-# Where this runs decides what stands above; below is the same everywhere.
-# Whoever reaches the management address can load code into the server, so it has its
-# own port, on loopback. TorchServe 0.12 would ask for a token on every call as well;
-# KServe's wrapper sends none, therefore it is off.
-disable_token_authorization=true
-# lets TS_SERVICE_ENVELOPE=kserve choose the protocol
-enable_envvars_config=true
-# a request is base64 in JSON: 64 MiB hold a picture of 48 MiB
-max_request_size=67108864
-max_response_size=67108864
-# nothing is installed from an archive
-install_py_dep_per_model=false
-enable_metrics_api=true
-metrics_mode=prometheus
-# a worker computes on one GPU: the first takes GPU 0, the second GPU 1, in turns over
-# all that TorchServe sees (number_of_gpu=0 would keep it on the CPU). The number of
-# workers is that of model_snapshot below: one
-default_workers_per_model=1
-number_of_netty_threads=4
-job_queue_size=10
-# KServe's envelope takes one request at a time: batchSize stays 1
-"""
-
-
-def write_model_store(
-    mar_path: str | Path, out_dir: str | Path, **addresses: object
-) -> Path:
+def write_model_store(mar_path: str | Path, out_dir: str | Path) -> Path:
     """Write the tree that KServe's TorchServe expects on its volume.
 
     config/config.properties, model-store/properties.json and model-store/<name>.mar.
+    The first two are those of torchserve_utils/, for the model of this archive: a pod's
+    addresses (KServe's own server has 8080 and 8081 and asks TorchServe over loopback;
+    Prometheus reads the metrics from outside) and settings that are safe anywhere.
 
     Args:
         mar_path: written by `write_mar`; its name and version are read from inside.
-        out_dir: gets the two folders; files of the same names are replaced.
-        **addresses: what differs from a pod's `POD_ADDRESSES` on another machine.
-
-    Returns:
-        `out_dir`.
+        out_dir: gets the two folders; files of the same names are replaced. Returned.
 
     Raises:
-        ValueError: `mar_path` is no model archive, or there is no such address.
+        FileNotFoundError, ValueError: `mar_path` is no model archive.
     """
-    unknown = sorted(set(addresses) - set(POD_ADDRESSES))
-    if unknown:
-        raise ValueError(f"no address {unknown}; valid: {', '.join(POD_ADDRESSES)}")
     mar, out = Path(mar_path), Path(out_dir)
     manifest = _manifest(mar)
     name, version = manifest["modelName"], manifest["modelVersion"]
-    properties = {
-        "model-name": name,
-        "version": version,
-        "model-file": manifest["modelFile"],
-        "serialized-file": manifest["serializedFile"],
-        "extra-files": "detector.json,index_to_name.json,models.py",
-        "handler": manifest["handler"],
-        "min-workers": 1,
-        "max-workers": 1,
-        "batch-size": 1,
-        "max-batch-delay": 100,
-        "response-timeout": 120,
-        "requirements": "",
-    }
-    workers = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 1}
-    workers |= {"maxBatchDelay": 100, "responseTimeout": 120}
-    model = {version: {"defaultVersion": True, "marName": mar.name, **workers}}
-    snapshot = {"name": "startup.cfg", "modelCount": 1, "models": {name: model}}
-    lines = [f"{key}={value}\n" for key, value in (POD_ADDRESSES | addresses).items()]
-    lines += [_CONFIG, f"model_snapshot={json.dumps(snapshot)}\n"]
-    config, store = out / "config", out / "model-store"
-    for folder in (config, store):
+    text = (_SERVER / "config" / "config.properties").read_text()
+    settings, _, line = text.partition("model_snapshot=")
+    snapshot = json.loads(line)
+    (versions,) = snapshot["models"].values()
+    (model,) = versions.values()
+    snapshot["models"] = {name: {version: {**model, "marName": mar.name}}}
+    config = f"{settings}model_snapshot={json.dumps(snapshot)}\n"
+    path = _SERVER / "model-store" / "properties.json"
+    (properties,) = json.loads(path.read_text())
+    properties |= {"model-name": name, "version": version}
+    properties |= {"serialized-file": manifest["serializedFile"]}
+    properties |= {"extra-files": ",".join((*_TABLES, *CODE))}
+    store = json.dumps([properties], indent=2) + "\n"
+    for folder in (out / "config", out / "model-store"):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_text(config / "config.properties", "".join(lines))
-    _write_text(store / "properties.json", json.dumps([properties], indent=2) + "\n")
-    target = store / mar.name
+    write_file(out / "config" / "config.properties", [config.encode()])
+    write_file(out / "model-store" / "properties.json", [store.encode()])
+    target = out / "model-store" / mar.name
     if mar.resolve() != target.resolve():
-        beside = target.with_name(target.name + ".part")
-        shutil.copyfile(mar, beside)
-        os.replace(beside, target)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(mar, temporary)
     return out
 
 
@@ -330,22 +273,17 @@ def _manifest(mar: Path) -> dict:
         raise ValueError(f"{mar} is not a model archive: {error}") from error
 
 
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("kserve_utils.export")
-    parser.add_argument("--stripped-ckpt", required=True, help="of strip_checkpoint")
-    parser.add_argument("--out-dir", required=True, help="gets config/, model-store/")
-    parser.add_argument("--model-name", default="xview-fasterrcnn")
-    parser.add_argument("--score-threshold", type=float, default=0.0)
+    add = parser.add_argument
+    add("--stripped-ckpt", required=True, help="of strip_checkpoint")
+    add("--out-dir", required=True, help="gets config/, model-store/")
+    add("--model-name", default="xview-fasterrcnn")
+    add("--score-threshold", type=float, default=0.0)
     args = parser.parse_args()
     mar = write_mar(
         args.stripped_ckpt,
-        Path(args.out_dir) / "model-store",
+        Path(args.out_dir, "model-store"),
         args.model_name,
         score_threshold=args.score_threshold,
     )

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import struct
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ import torch
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from PIL import Image
-from serving import NAMES, checkpoint, jpeg
+from serving import NAMES, checkpoint, decode, jpeg
 
 from kserve_utils import export
 from kserve_utils.artefact import write_artefact
@@ -39,7 +40,8 @@ def stripped(tmp_path_factory):
     """A stripped checkpoint of an untrained detector (see serving.py)."""
     folder = tmp_path_factory.mktemp("served")
     torch.save(checkpoint(), folder / "best.pt")
-    return export.strip_checkpoint(folder / "best.pt", folder / "stripped.pth")
+    new = folder / "trained_model_stripped.pth"
+    return export.strip_checkpoint(folder / "best.pt", new)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,8 @@ def tree(stripped):
 @pytest.fixture(scope="session")
 def artefact(stripped):
     """An artefact of it, for the predictor and all engines."""
-    return write_artefact(stripped, stripped.parent / "artefact")
+    tiles = [decode(jpeg(seed=seed)) for seed in (1, 2)]
+    return write_artefact(stripped, stripped.parent / "artefact", tiles=tiles)
 
 
 @pytest.fixture(scope="session")
@@ -216,15 +219,11 @@ def stub(address: str):
 
 def boxes_v1(answer: dict) -> dict:
     """Boxes, labels and scores of the first prediction."""
-    rows = [
-        (*(pair for pair in row.items() if pair[0] != "score"), row["score"])
-        for row in answer["predictions"][0]
-    ]
-    return {
-        "boxes_xyxy": np.array([box for (_, box), _ in rows], np.float32),
-        "labels": np.array([NAMES.index(name) for (name, _), _ in rows]),
-        "scores": np.array([score for _, score in rows], np.float32),
-    }
+    rows = [dict(row) for row in answer["predictions"][0]]
+    scores = np.array([row.pop("score") for row in rows], np.float32)
+    boxes = np.array([box for row in rows for box in row.values()], np.float32)
+    labels = np.array([NAMES.index(name) for row in rows for name in row])
+    return {"boxes_xyxy": boxes, "labels": labels, "scores": scores}
 
 
 _TYPES = {"FP32": np.float32, "INT64": np.int64}
@@ -232,23 +231,20 @@ _TYPES = {"FP32": np.float32, "INT64": np.int64}
 
 def boxes_v2(answer: dict) -> dict:
     """The outputs of a V2 answer in JSON, as arrays."""
-    return {
-        row["name"]: np.array(row["data"], _TYPES.get(row["datatype"])).reshape(
-            row["shape"]
-        )
-        for row in answer["outputs"]
-    }
+    found = {}
+    for row in answer["outputs"]:
+        column = np.array(row["data"], _TYPES.get(row["datatype"]))
+        found[row["name"]] = column.reshape(row["shape"])
+    return found
 
 
 def boxes_grpc(answer) -> dict:
     """The outputs of a ModelInferResponse; BYTES as they came."""
     found = {}
     for row, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        if row.datatype in _TYPES:
-            found[row.name] = np.frombuffer(raw, _TYPES[row.datatype])
-            found[row.name] = found[row.name].reshape(tuple(row.shape))
-        else:
-            found[row.name] = raw
+        kind, found[row.name] = _TYPES.get(row.datatype), raw
+        if kind:
+            found[row.name] = np.frombuffer(raw, kind).reshape(tuple(row.shape))
     return found
 
 
@@ -261,10 +257,8 @@ def png(mode: str, width: int, height: int) -> bytes:
 def jpeg_header(width: int, height: int) -> bytes:
     """A small JPEG whose header says that it is large."""
     content = bytearray(jpeg())
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(
-        2, "big"
-    )
+    size = content.index(b"\xff\xc0") + 5
+    content[size : size + 4] = struct.pack(">HH", height, width)
     return bytes(content)
 
 

@@ -1,16 +1,19 @@
-"""The client's V2 form, scenes and errors, against a stand-in for a server.
+"""The client's requests, scenes, retries and errors, against a stand-in for a server.
 
-V1 and the retries are in test_torchserve.py; a real predictor is asked in the tests of
-the predictor.
+Real servers are asked in the tests of TorchServe and of the predictor.
 """
 
+import base64
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
-from serving import NAMES, jpeg
+from serving import NAMES, ROOT, jpeg
 
 from kserve_utils.client import RemoteError, predict_remote
 
@@ -62,10 +65,39 @@ def double():
     thread.join()
 
 
+def v1(*rows) -> str:
+    return json.dumps({"predictions": [list(rows)]})
+
+
+ROW = {NAMES[18]: [1.5, 2, 3, 4], "score": 0.75}
+ANSWERS = {"v1": v1(ROW), "v2": v2()}
+
+
 def head_and_tail(request) -> tuple[dict, bytes]:
+    """The JSON of a V2 request and the bytes after it."""
     _, headers, body = request
     cut = int(headers["Inference-Header-Content-Length"])
     return json.loads(body[:cut]), body[cut:]
+
+
+@pytest.mark.parametrize("form", ["bytes", "path"])
+def test_a_v1_request_is_base64_in_json(double, tmp_path, form):
+    url, seen, answers = double
+    answers.append((200, {}, v1(ROW)))
+    (tmp_path / "tile.jpg").write_bytes(jpeg())
+    image = jpeg() if form == "bytes" else tmp_path / "tile.jpg"
+    host = "torchserve-default.example.com"
+    found = predict_remote(url, image, host=host)
+    path, headers, body = seen[0]
+    assert path == "/v1/models/xview-fasterrcnn:predict" and headers["Host"] == host
+    assert headers["Content-Type"] == "application/json"
+    (instance,) = json.loads(body)["instances"]
+    assert base64.b64decode(instance["data"]) == jpeg()
+    assert found["names"] == [NAMES[18]] and found["labels"].tolist() == [18]
+    assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4]]
+    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
+    with pytest.raises(ValueError, match="names classes that class_names lacks: "):
+        predict_remote(url, image, class_names=["background", "car"])
 
 
 @pytest.mark.parametrize("form", ["bytes", "path"])
@@ -80,18 +112,9 @@ def test_a_v2_request_is_a_json_head_and_the_bytes_of_the_file(double, tmp_path,
     assert path == "/v2/models/m/infer" and headers["Host"] == host
     assert headers["Content-Type"] == "application/octet-stream"
     head, tail = head_and_tail(seen[0])
-    size = len(jpeg())
-    assert tail == jpeg()
-    assert head == {
-        "inputs": [
-            {
-                "name": "image",
-                "datatype": "UINT8",
-                "shape": [size],
-                "parameters": {"binary_data_size": size},
-            }
-        ]
-    }
+    size, content = len(jpeg()), {"name": "image", "datatype": "UINT8"}
+    content |= {"shape": [size], "parameters": {"binary_data_size": size}}
+    assert tail == jpeg() and head == {"inputs": [content]}
     assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4], [5, 6, 7, 8]]
     assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
     assert found["labels"].tolist() == [18, 3] and found["labels"].dtype == np.int64
@@ -107,9 +130,8 @@ def test_kserves_own_parser_reads_the_v2_request(double):
     answers.append((200, {}, v2()))
     predict_remote(url, jpeg(), protocol="v2", scene=True)
     _, headers, body = seen[0]
-    request = InferRequest.from_bytes(
-        body, int(headers["Inference-Header-Content-Length"]), "m"
-    )
+    cut = int(headers["Inference-Header-Content-Length"])
+    request = InferRequest.from_bytes(body, cut, "m")
     (tensor,) = request.inputs
     assert (tensor.name, tensor.datatype) == ("image", "UINT8")
     assert tensor.as_numpy().tobytes() == jpeg()
@@ -128,25 +150,27 @@ def test_a_scene_and_a_threshold_are_parameters_of_the_request(double):
     found = predict_remote(url, jpeg(), scene=True)
     assert found["boxes_xyxy"].shape == (0, 4)
     assert json.loads(seen[1][2])["parameters"] == {"scene": True}
-    predict_remote(url, jpeg(), score_threshold=0.3)
+    answers[0] = (200, {}, v1(ROW, {NAMES[3]: [0, 0, 1, 1], "score": 0.25}))
+    found = predict_remote(url, jpeg(), score_threshold=0.3)
+    assert found["scores"].tolist() == [0.75] and found["labels"].tolist() == [18]
     assert set(json.loads(seen[2][2])) == {"instances"}  # as TorchServe knows it
-
-
-def test_a_server_that_does_not_slice_scenes_is_an_error(double):
-    url, _, answers = double
-    answers.append((200, {}, '{"predictions": [[]]}'))
     with pytest.raises(RemoteError, match="took the scene for one picture, as Torch"):
         predict_remote(url, jpeg(), scene=True)
 
 
 @pytest.mark.parametrize("busy", [503, 429])
-def test_a_busy_server_gets_the_whole_body_again(double, busy, tmp_path):
+@pytest.mark.parametrize("protocol", ANSWERS)
+def test_a_busy_server_gets_the_whole_body_again(double, protocol, busy, tmp_path):
     url, seen, answers = double
     (tmp_path / "tile.jpg").write_bytes(jpeg())
-    answers += [(busy, {"Retry-After": "0"}, "busy"), (200, {}, v2())]
-    predict_remote(url, tmp_path / "tile.jpg", protocol="v2")
-    assert len(seen) == 2 and seen[0][2] == seen[1][2]
-    assert head_and_tail(seen[1])[1] == jpeg()
+    answers += [(busy, {"Retry-After": "0"}, "busy"), (200, {}, ANSWERS[protocol])]
+    predict_remote(url, tmp_path / "tile.jpg", protocol=protocol)
+    assert len(seen) == 2 and len(seen[0][2]) > len(jpeg())
+    assert seen[0][2] == seen[1][2]
+    answers[:] = [(busy, {"Retry-After": "0"}, "no worker")]
+    with pytest.raises(RemoteError, match=f"{busy}: no worker") as error:
+        predict_remote(url, jpeg(), protocol=protocol, retries=2)
+    assert len(seen) == 5 and error.value.status == busy
 
 
 def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
@@ -159,54 +183,79 @@ def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
     assert waits == [7, 1, 2, 30]
 
 
+FAILURES = [
+    ((400, {}, '{"error": "input image: cut short"}'), "400: input image: cut short"),
+    ((500, {}, '{"message": "inside"}'), "answered 500: inside"),
+    ((404, {}, ""), "404: Not Found .wrong model name, or the gateway .* host None"),
+    ((413, {}, '{"error": "65 MiB"}'), "413: 65 MiB .the picture is larger"),
+    ((429, {}, '{"error": "full"}'), "429: full .the server has more requests"),
+    ((None, {}, ""), "broke off before the answer"),
+    ((200, {}, "<html>"), "not with boxes: '<html>'"),
+    ((200, {}, "[]"), "not with boxes"),
+]
+OF_V1 = [
+    ((200, {}, '{"predictions": []}'), "not with boxes"),
+    ((200, {}, v1({"a": [1], "score": 1})), "not with boxes"),
+    ((200, {}, v1({"a": [1, 2, 3, None], "score": 1})), "not with boxes"),
+    ((200, {}, v1({"a": [1, 2, 3, 4], "score": None})), "not with boxes"),
+]
+OF_V2 = [
+    ((200, {}, '{"outputs": []}'), "not with boxes"),
+    ((200, {}, v2(scores=None)), "not with boxes"),
+    ((200, {}, v2(scores=[0.5])), "not with boxes"),
+    ((200, {}, v2(boxes_xyxy=[1, 2, 3])), "not with boxes"),
+    ((200, {}, v2(labels=["car", "bus"])), "not with boxes"),
+]
+
+
 @pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ((400, {}, '{"error": "input image: cut short"}'), "400: input image: cut sh"),
-        ((500, {}, '{"error": "inside"}'), "answered 500: inside"),
-        ((404, {}, '{"error": "no model m"}'), "404: no model m .wrong model name"),
-        ((413, {}, '{"error": "65 MiB"}'), "413: 65 MiB .the picture is larger"),
-        ((429, {}, '{"error": "full"}'), "429: full .the server has more requests"),
-        ((405, {}, ""), "answered 405: Method Not Allowed"),
-        ((None, {}, ""), "broke off before the answer"),
-        ((200, {}, "<html>"), "not with boxes: '<html>'"),
-        ((200, {}, "[]"), "not with boxes"),
-        ((200, {}, '{"outputs": []}'), "not with boxes"),
-        ((200, {}, v2(scores=None)), "not with boxes"),
-        ((200, {}, v2(scores=[0.5])), "not with boxes"),
-        ((200, {}, v2(boxes_xyxy=[1, 2, 3])), "not with boxes"),
-        ((200, {}, v2(labels=["car", "bus"])), "not with boxes"),
-    ],
+    ("protocol", "answer", "message"),
+    [("v1", *row) for row in FAILURES + OF_V1]
+    + [("v2", *row) for row in FAILURES + OF_V2],
     ids=lambda value: "",
 )
-def test_every_failure_by_v2_says_what_the_server_said(double, answer, message):
-    url, _, answers = double
+def test_every_failure_says_what_the_server_said(double, protocol, answer, message):
+    url, seen, answers = double
     answers.append(answer)
     with pytest.raises(RemoteError, match=message) as error:
-        predict_remote(url, jpeg(), protocol="v2", retries=0)
-    assert error.value.status == answer[0]
+        predict_remote(url, jpeg(), protocol=protocol, retries=0)
+    assert error.value.status == answer[0] and len(seen) == 1
 
 
-def test_what_cannot_be_asked_is_an_error_before_asking(tmp_path):
+@pytest.mark.parametrize("protocol", ANSWERS)
+def test_what_cannot_be_asked_is_an_error_before_asking(tmp_path, protocol):
     url = "http://127.0.0.1:9"
     with pytest.raises(ValueError, match="no protocol 'grpc'; valid: v1, v2"):
         predict_remote(url, jpeg(), protocol="grpc")
     with pytest.raises(ValueError, match="in 0..1, got 40"):
-        predict_remote(url, jpeg(), score_threshold=40)
+        predict_remote(url, jpeg(), score_threshold=40, protocol=protocol)
     with pytest.raises(FileNotFoundError, match="absent"):
-        predict_remote(url, tmp_path / "absent.jpg", protocol="v2")
-    with pytest.raises(RemoteError, match="no connection to http://127.0.0.1:9/v2"):
-        predict_remote(url, jpeg(), protocol="v2")
+        predict_remote(url, tmp_path / "absent.jpg", protocol=protocol)
+    with pytest.raises(RemoteError, match=f"no connection to {url}/{protocol}/"):
+        predict_remote(url, jpeg(), protocol=protocol)
 
 
-def test_labels_by_v2_are_those_of_v1(double):
-    url, _, answers = double
-    row = {NAMES[18]: [1.5, 2, 3, 4], "score": 0.75}
-    answers += [(200, {}, json.dumps({"predictions": [[row]]}))]
-    one = predict_remote(url, jpeg())
-    columns = {"boxes_xyxy": [1.5, 2, 3, 4], "labels": [18], "scores": [0.75]}
-    answers[0] = (200, {}, v2(**columns, names=[NAMES[18]]))
-    two = predict_remote(url, jpeg(), protocol="v2")
-    for key in ("boxes_xyxy", "labels", "scores"):
-        np.testing.assert_array_equal(one[key], two[key])
-    assert one["names"] == two["names"]
+def test_a_server_that_says_nothing_is_an_error_after_the_timeout():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RemoteError, match="gave no answer in 0.2 s"):
+            predict_remote(url, jpeg(), timeout=0.2)
+
+
+# In a process of its own: a machine that asks needs no torch.
+ASK = """
+import sys
+sys.modules["torch"] = None
+from kserve_utils.client import RemoteError, predict_remote
+try:
+    predict_remote("http://127.0.0.1:9", b"")
+except RemoteError as error:
+    print(error)
+"""
+
+
+def test_the_client_needs_no_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("no connection to http://127.0.0.1:9"), done.stderr

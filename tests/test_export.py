@@ -1,9 +1,11 @@
 """Checkpoints to artefacts, and the handler that serves them, called in process."""
 
 import argparse
+import ast
 import base64
 import importlib
 import io
+import itertools
 import json
 import random
 import runpy
@@ -16,63 +18,55 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import ts.torch_handler.base_handler as base_handler
 from PIL import Image
 from serving import NAMES, ROOT, SETTINGS, TABLE, checkpoint, decode, jpeg
+from ts.utils.util import PredictionException, list_classes_from_module
 
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image
 from kserve_utils import export
+from kserve_utils.engines import DESCRIBES
 
 SERVER = ROOT / "kserve_utils" / "torchserve_utils"
 DESCRIPTION = {"architecture": "fasterrcnn_small", "class_names": NAMES}
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ckpt") / "best.pt"
-    torch.save(checkpoint(), path)
-    return path
+@pytest.fixture
+def ours(stripped):
+    """The checkpoint that `stripped` was made of."""
+    return stripped.with_name("best.pt")
 
 
 @pytest.fixture(scope="module")
-def stripped(ours, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stripped")
-    return export.strip_checkpoint(ours, folder / "trained_model_stripped.pth")
-
-
-@pytest.fixture(scope="module")
-def mar(stripped, tmp_path_factory):
-    return export.write_mar(stripped, tmp_path_factory.mktemp("mar"))
-
-
-def ddp(weights):
-    return {f"module.{name}": value for name, value in weights.items()}
+def mar(tree):
+    return tree / "model-store" / "xview-fasterrcnn.mar"
 
 
 def determined(weights, **more):
-    """What determined.pytorch's _save writes beside the weights."""
-    return {
-        "models_state_dict": [weights],
-        "optimizers_state_dict": [{"state": {}, "param_groups": []}],
-        "lr_schedulers_state_dict": [],
-        "callbacks": {},
-        "rng_state": {
-            "cpu_rng_state": torch.random.get_rng_state(),
-            "np_rng_state": np.random.get_state(),
-            "random_rng_state": random.getstate(),
-        },
-        **more,
+    """What determined.pytorch's _save writes with the weights."""
+    states = {
+        "cpu_rng_state": torch.random.get_rng_state(),
+        "np_rng_state": np.random.get_state(),
+        "random_rng_state": random.getstate(),
     }
+    others = {"lr_schedulers_state_dict": [], "callbacks": {}, "rng_state": states}
+    others["optimizers_state_dict"] = [{"state": {}, "param_groups": []}]
+    return {"models_state_dict": [weights], **others, **more}
 
 
-def test_stripping_keeps_the_weights_and_what_describes_them_only(ours, stripped):
+def test_stripping_keeps_the_weights_and_what_describes_them_only(
+    ours, stripped, tmp_path
+):
     content = torch.load(stripped, weights_only=True)
-    assert set(content) == {"model", *export.DESCRIBES}
+    assert set(content) == {"model", *DESCRIBES}
     assert content["settings"] == SETTINGS and content["class_names"] == NAMES
     before = torch.load(ours, weights_only=True)["model"]
     assert all(torch.equal(content["model"][k], v) for k, v in before.items())
     assert stripped.stat().st_size < ours.stat().st_size
-    assert not list(stripped.parent.glob("*.part"))
+    again = export.strip_checkpoint(ours, tmp_path / "another name.pth")
+    assert again.read_bytes() == stripped.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["another name.pth"]
 
 
 @pytest.mark.parametrize("form", ["seeds", "arguments", "bare", "determined", "ddp"])
@@ -83,7 +77,7 @@ def test_other_forms_are_stripped_when_told_what_they_are(form, tmp_path):
         "arguments": {"model": weights, "args": argparse.Namespace(lr=0.02)},
         "bare": weights,
         "determined": determined(weights),
-        "ddp": determined(ddp(weights)),
+        "ddp": determined({f"module.{name}": v for name, v in weights.items()}),
     }[form]
     torch.save(content, tmp_path / "state_dict.pth")
     source = tmp_path if form == "determined" else tmp_path / "state_dict.pth"
@@ -96,7 +90,7 @@ def test_other_forms_are_stripped_when_told_what_they_are(form, tmp_path):
 
 def test_a_trial_that_describes_itself_needs_no_arguments(tmp_path):
     whole = checkpoint()
-    said = {key: whole[key] for key in export.DESCRIBES}
+    said = {key: whole[key] for key in DESCRIBES}
     torch.save(determined(whole["model"], e2e=said), tmp_path / "state_dict.pth")
     new = export.strip_checkpoint(tmp_path, tmp_path / "new.pth")
     assert model_from_checkpoint(new)[1] == said
@@ -118,25 +112,28 @@ class Foreign:
         return (print, ("this must never be printed",))
 
 
-def unfit():
-    content = checkpoint()
-    return {**content, "class_names": content["class_names"][:10]}
+WEIGHTS = {"w": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"w": torch.zeros(2)}}, "pass architecture=.* and class_names="),
-        (
-            {"model": Foreign(), "architecture": "x", "class_names": []},
-            "not a readable checkpoint",
-        ),
+        ({"model": WEIGHTS}, "pass architecture=.* and class_names="),
+        ({**DESCRIPTION, "model": Foreign()}, "not a readable checkpoint"),
         ([1, 2, 3], "holds a list"),
         ({**DESCRIPTION, "model": {}}, "holds no weights"),
         ({**DESCRIPTION, "epoch": 3}, "holds no weights.*architecture"),
-        ({**DESCRIPTION, "model": {"w": torch.zeros(2)}}, "do not fit"),
+        ({**DESCRIPTION, "model": WEIGHTS}, "do not fit"),
         ({**DESCRIPTION, "models_state_dict": [{}, {}]}, "holds 2 models"),
-        (unfit(), "do not fit fasterrcnn_small with 10 classes"),
+        (
+            {**checkpoint(), "class_names": NAMES[:10]},
+            "do not fit fasterrcnn_small with 10 classes",
+        ),
+        (b"", "is not a readable"),
+        (b"just text", "is not a readable"),
+        (b"<html>404</html>", "is not a readable"),
+        (b'{"model": 1}', "is not a readable"),
+        (jpeg(), "is not a readable"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -144,22 +141,22 @@ def test_a_foreign_checkpoint_is_an_error_that_names_it(
     content, message, tmp_path, capsys
 ):
     path, new = tmp_path / "foreign.pt", tmp_path / "new.pth"
-    torch.save(content, path)
-    with pytest.raises(ValueError, match=message) as raised:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"foreign\.pt.* {message}"):
         export.strip_checkpoint(path, new)
-    assert "foreign.pt" in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ["foreign.pt"]
     assert "never" not in capsys.readouterr().out
 
 
-def test_what_is_no_checkpoint_at_all_is_an_error_that_names_it(ours, tmp_path):
-    path, new = tmp_path / "broken.pt", tmp_path / "new.pth"
-    texts = [b"", b"just text", b"<html>404</html>", b'{"model": 1}', jpeg()]
-    for content in [ours.read_bytes()[:100_000], *texts]:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"broken\.pt is not a readable"):
-            export.strip_checkpoint(path, new)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pt"):
+def test_a_checkpoint_that_is_cut_short_or_absent_names_itself(ours, tmp_path):
+    path, new = tmp_path / "short.pt", tmp_path / "new.pth"
+    path.write_bytes(ours.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"short\.pt is not a readable"):
+        export.strip_checkpoint(path, new)
+    with pytest.raises(FileNotFoundError, match=r"No such file.*absent\.pt"):
         export.strip_checkpoint(tmp_path / "absent.pt", new)
     assert not new.exists()
 
@@ -167,26 +164,28 @@ def test_what_is_no_checkpoint_at_all_is_an_error_that_names_it(ours, tmp_path):
 @pytest.mark.slow
 def test_the_command_of_the_tutorial_strips_a_checkpoint(ours, tmp_path):
     command = [sys.executable, "kserve_utils/torchserve_utils/strip_checkpoint.py"]
-    command += ["--ckpt-path", str(ours)]
-    command += ["--new-ckpt-name", str(tmp_path / "new.pth")]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert set(torch.load(tmp_path / "new.pth", weights_only=True)) == {
-        "model",
-        *export.DESCRIBES,
-    }
+    command += ["--ckpt-path", str(ours), "--new-ckpt-name", str(tmp_path / "new.pth")]
+    command += ["--class-names", str(ROOT / "e2e_utils" / "xview_classes.json")]
+    for returncode in (0, 1):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == returncode, done.stderr
+        command[3] = str(tmp_path / "absent.pt")
+    assert done.stderr.startswith("strip_checkpoint: [Errno 2] No such file")
+    content = torch.load(tmp_path / "new.pth", weights_only=True)
+    assert set(content) == {"model", *DESCRIBES}
 
 
 def test_class_names_are_read_from_a_list_or_a_class_table(tmp_path):
     read = runpy.run_path(str(SERVER / "strip_checkpoint.py"))["read_class_names"]
     assert read(ROOT / "e2e_utils" / "xview_classes.json") == NAMES
-    (tmp_path / "names.json").write_text('["background", "car"]')
-    assert read(tmp_path / "names.json") == ["background", "car"]
-    (tmp_path / "names.json").write_text('{"car": 1}')
+    path = tmp_path / "names.json"
+    path.write_text('["background", "car"]')
+    assert read(path) == ["background", "car"]
+    path.write_text('{"car": 1}')
     with pytest.raises(ValueError, match="names.json is neither"):
-        read(tmp_path / "names.json")
+        read(path)
 
 
 def test_the_archive_holds_all_that_a_server_needs(mar, stripped):
@@ -198,11 +197,15 @@ def test_the_archive_holds_all_that_a_server_needs(mar, stripped):
         "fasterrcnn_handler.py",
         "index_to_name.json",
         "model-xview.py",
-        "models.py",
         "trained_model_stripped.pth",
+        *export.CODE,
     }
     assert files["trained_model_stripped.pth"] == stripped.read_bytes()
-    assert files["models.py"] == (ROOT / "e2e_utils" / "models.py").read_bytes()
+    for name in export.CODE:
+        assert files[name] == (ROOT / "e2e_utils" / name).read_bytes()
+    committed = (SERVER / "index_to_name.json").read_bytes()
+    assert files["index_to_name.json"] == committed
+    assert json.loads(committed)["1"] == TABLE["classes"][0]["name"]
     description = json.loads(files["detector.json"])
     meta = model_from_checkpoint(stripped)[1]
     limits = {"score_threshold": 0.0, "max_pixels": 4096 * 4096}
@@ -220,25 +223,27 @@ def test_two_archives_at_the_same_time_do_not_disturb_each_other(
     command += ["--stripped-ckpt", str(stripped), "--out-dir"]
     runs = [subprocess.Popen([*command, str(tmp_path / name)]) for name in ("a", "b")]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    with zipfile.ZipFile(mar) as wanted:
-        for name in ("a", "b"):
-            with zipfile.ZipFile(
-                tmp_path / name / "model-store" / "xview-fasterrcnn.mar"
-            ) as made:
-                assert sorted(made.namelist()) == sorted(wanted.namelist())
-                assert made.testzip() is None
+    wanted = sorted(zipfile.ZipFile(mar).namelist())
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / name / "model-store" / mar.name) as made:
+            assert sorted(made.namelist()) == wanted
+            assert made.testzip() is None
 
 
-def test_what_is_not_stripped_or_out_of_range_is_refused(tmp_path, stripped):
+def test_what_is_not_stripped_or_out_of_range_is_refused(tmp_path, ours, stripped):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.pth is not a readable"):
         export.write_mar(tmp_path / "text.pth", tmp_path)
+    with pytest.raises(ValueError, match=r"best\.pt is not stripped .*strip_checkp"):
+        export.write_mar(ours, tmp_path)
     with pytest.raises(ValueError, match="in 0..1, got 40"):
         export.write_mar(stripped, tmp_path, score_threshold=40)
     with pytest.raises(RuntimeError, match="special characters"):
         export.write_mar(stripped, tmp_path, "../evil")
     with pytest.raises(ValueError, match=r"text\.pth is not a model archive"):
         export.write_model_store(tmp_path / "text.pth", tmp_path / "store")
+    with pytest.raises(FileNotFoundError, match=r"no model archive at .*absent\.mar"):
+        export.write_model_store(tmp_path / "absent.mar", tmp_path / "store")
 
 
 def read_properties(path):
@@ -246,38 +251,33 @@ def read_properties(path):
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
-def test_the_committed_configuration_is_that_of_a_written_tree(mar, tmp_path):
-    tree = export.write_model_store(mar, tmp_path)
-    for name in ("config/config.properties", "model-store/properties.json"):
+def test_a_model_store_is_the_committed_one_for_the_model_of_its_archive(
+    tree, stripped, tmp_path
+):
+    names = ["config/config.properties", "model-store/properties.json"]
+    for name in names:
         assert (tree / name).read_bytes() == (SERVER / name).read_bytes(), name
-    assert (tree / "model-store" / mar.name).read_bytes() == mar.read_bytes()
-    files = sorted(str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file())
-    assert files == [
-        "config/config.properties",
-        "model-store/properties.json",
-        "model-store/xview-fasterrcnn.mar",
-    ]
+    mar = export.write_mar(stripped, tmp_path, "other", version="2.0")
+    other = export.write_model_store(mar, tmp_path / "store")
+    files = sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+    assert files == [*names[:1], "model-store/other.mar", *names[1:]]
+    assert (other / "model-store" / "other.mar").read_bytes() == mar.read_bytes()
+    one, two = (read_properties(store / names[0]) for store in (tree, other))
+    assert {key for key in one if one[key] != two[key]} == {"model_snapshot"}
+    (model,) = json.loads(two["model_snapshot"])["models"]["other"].items()
+    assert model[0] == "2.0" and model[1]["marName"] == "other.mar"
+    (properties,) = json.loads((other / names[1]).read_text())
+    assert (properties["model-name"], properties["version"]) == ("other", "2.0")
 
 
-def test_only_addresses_differ_between_machines(mar, tmp_path):
-    pod = export.write_model_store(mar, tmp_path / "pod")
-    here = {key: "elsewhere" for key in export.POD_ADDRESSES}
-    local = export.write_model_store(mar, tmp_path / "local", **here)
-    pod, local = (
-        read_properties(tree / "config" / "config.properties") for tree in (pod, local)
-    )
-    assert {key for key in pod if pod[key] != local[key]} == set(here)
-    with pytest.raises(ValueError, match="no address .'port'."):
-        export.write_model_store(mar, tmp_path / "pod", port=1)
+KINDS = ("inference", "management", "metrics")
 
 
 def test_the_defaults_are_safe():
     config = read_properties(SERVER / "config" / "config.properties")
     assert config["management_address"].startswith("http://127.0.0.1:")
-    ports = [
-        config[f"{kind}_address"].rsplit(":")[-1]
-        for kind in ("inference", "management", "metrics")
-    ]  # noqa: E501
+    addresses = (config[f"{kind}_address"] for kind in KINDS)
+    ports = [address.rsplit(":")[-1] for address in addresses]
     ports += [config["grpc_inference_port"], config["grpc_management_port"]]
     assert len(set(ports)) == 5
     assert not {"8080", "8081"} & set(ports)  # KServe's wrapper has these
@@ -285,12 +285,6 @@ def test_the_defaults_are_safe():
     assert int(config["max_request_size"]) == 64 * 2**20
     (versions,) = json.loads(config["model_snapshot"])["models"].values()
     assert versions["1.0"]["batchSize"] == versions["1.0"]["maxWorkers"] == 1
-
-
-def test_index_to_name_is_the_class_table():
-    committed = json.loads((SERVER / "index_to_name.json").read_text())
-    assert committed == export.index_to_name(NAMES)
-    assert committed["1"] == TABLE["classes"][0]["name"]
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +307,6 @@ def start_handler(mar, folder, gpu_id=None):
     sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module("fasterrcnn_handler")
-        from ts.utils.util import list_classes_from_module
-
         (only,) = list_classes_from_module(module)
         handler = only()
         handler.initialize(context)
@@ -364,12 +356,10 @@ class OneGpu:
 def test_the_handler_takes_the_gpu_that_torchserve_gives_it(
     mar, handler, tmp_path, monkeypatch
 ):
-    import ts.torch_handler.base_handler as base
-
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
     torch.set_float32_matmul_precision("high")  # what the base class does on a GPU
-    monkeypatch.setattr(base, "torch", gpu := OneGpu())
+    monkeypatch.setattr(base_handler, "torch", gpu := OneGpu())
     try:
         on_gpu = start_handler(mar, tmp_path, gpu_id=3)
         assert gpu.asked == ["cuda:3"]
@@ -386,30 +376,25 @@ def test_a_thin_first_picture_spoils_no_later_one(mar, handler, tmp_path):
     assert [fresh(thin), fresh(tile)] == [handler(thin), handler(tile)]
 
 
+def picture_file(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
 def test_the_handler_takes_raw_bytes_broken_lines_and_other_formats(handler):
-    plain = handler([instance(jpeg())])
+    plain, picture = handler([instance(jpeg())]), Image.fromarray(decode(jpeg()))
     assert handler([{"body": jpeg()}]) == plain
     assert handler([{"data": base64.encodebytes(jpeg()).decode()}]) == plain
     for kind in ("PNG", "TIFF"):
-        file = io.BytesIO()
-        Image.fromarray(decode(jpeg())).save(file, kind)
-        assert handler([instance(file.getvalue())]) == plain
+        assert handler([instance(picture_file(picture, kind))]) == plain
     for mode in ("L", "RGBA", "P"):
-        file = io.BytesIO()
-        Image.fromarray(decode(jpeg())).convert(mode).save(file, "PNG")
-        assert len(handler([instance(file.getvalue())])) == 1
+        content = picture_file(picture.convert(mode), "PNG")
+        assert len(handler([instance(content)])) == 1
 
 
-def bomb() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (12_000, 12_000)).save(file, "PNG")
-    return file.getvalue()
-
-
-def deep() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(file, "TIFF")
-    return file.getvalue()
+BOMB = picture_file(Image.new("L", (12_000, 12_000)), "PNG")
+DEEP = picture_file(Image.fromarray(np.zeros((8, 8), np.uint16)), "TIFF")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -427,13 +412,11 @@ def deep() -> bytes:
         ([instance(b"hello world")], "11 bytes that are not a picture"),
         ([instance(jpeg()[:2000])], "cut short"),
         ([instance(jpeg()), instance(jpeg()[:2000])], "instance 1"),
-        ([instance(bomb())], "12000 x 12000 pixels, at most 16777216"),
-        ([instance(deep())], "send 8 bits"),
+        ([instance(BOMB)], "12000 x 12000 pixels, at most 16777216"),
+        ([instance(DEEP)], "send 8 bits"),
     ],
 )
 def test_bad_input_is_a_400_with_a_reason(handler, instances, message):
-    from ts.utils.util import PredictionException
-
     with pytest.raises(PredictionException) as raised:
         handler(instances)
     assert raised.value.error_code == 400
@@ -441,8 +424,6 @@ def test_bad_input_is_a_400_with_a_reason(handler, instances, message):
 
 
 def test_damaged_pictures_are_a_400_or_boxes_and_nothing_else(handler):
-    from ts.utils.util import PredictionException
-
     rng = np.random.default_rng(0)
     whole = np.frombuffer(jpeg(64, 64), dtype=np.uint8)
     for _ in range(20):
@@ -455,29 +436,30 @@ def test_damaged_pictures_are_a_400_or_boxes_and_nothing_else(handler):
             assert error.error_code == 400
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_pillow_and_opencv_decode_a_jpeg_to_the_same_pixels(subsampling, progressive):
-    file = io.BytesIO()
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (61, 47, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(
-        file, "JPEG", quality=85, subsampling=subsampling, progressive=progressive
-    )
-    bgr = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
-    assert (decode(file.getvalue()) == bgr[..., ::-1]).all()
+def test_pillow_and_opencv_decode_a_jpeg_to_the_same_pixels():
+    noise = np.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    for subsampling, progressive in itertools.product((0, 1, 2), (False, True)):
+        options = {"subsampling": subsampling, "progressive": progressive}
+        content = picture_file(Image.fromarray(noise), "JPEG", quality=85, **options)
+        bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        assert (decode(content) == bgr[..., ::-1]).all(), options
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_handler.py", "model-xview.py"])
+ALLOWED = {"numpy", "torch", "torchvision", "PIL", "ts", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_handler.py", "model-xview.py", *export.CODE]
+)
 def test_what_travels_in_the_archive_is_python_39_and_stands_alone(name):
-    import ast
-
-    tree = ast.parse((SERVER / name).read_text(), feature_version=(3, 9))
-    assert sum(isinstance(node, ast.ClassDef) for node in tree.body) == 1
-    modules = {
-        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    assert modules <= set(sys.stdlib_module_names) | {"numpy", "torch", "PIL", "ts"}
+    folder = ROOT / "e2e_utils" if name in export.CODE else SERVER
+    tree, imported = ast.parse((folder / name).read_text(), feature_version=(3, 9)), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported[0] = imported.get(0, set()) | {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module] if node.module else [a.name for a in node.names]
+            imported[node.level] = imported.get(node.level, set()).union(modules)
+    assert {module.split(".")[0] for module in imported.pop(0)} <= ALLOWED
+    neighbours = {f"{module}.py" for module in imported.pop(1, ())}
+    assert neighbours <= set(export.CODE) and not imported

@@ -30,7 +30,7 @@ def test_boxes_that_differ_in_fp32_fail_it_whatever_bf16_costs(serve):
         assert end.value.code.startswith("the servers differ: torch fp32")
 
 
-def test_bf16_is_judged_by_ap_and_not_by_boxes(serve):
+def test_bf16_is_compared_by_ap_and_not_by_boxes(serve):
     said = serve.verdict([], {KEY: KEPT})
     assert "bf16 of openvino: AP 0.4980, fp32 0.5000, approved" in said
     with pytest.raises(SystemExit) as end:
@@ -39,11 +39,11 @@ def test_bf16_is_judged_by_ap_and_not_by_boxes(serve):
     assert serve.ap_claim("openvino bf16", LOST)["equal"] is False
 
 
-def test_a_detector_that_knows_nothing_is_not_judged(serve, capsys):
-    assert "not judged, the detector is untrained" in serve.verdict([], {KEY: None})
+def test_what_bf16_costs_an_untrained_detector_is_not_compared(serve, capsys):
+    assert "not compared, the detector is untrained" in serve.verdict([], {KEY: None})
     row = {"claim": "a", "unit": "ms", "ours": 1.0, "peer": 2.0, "ratio": 2.0}
     serve.show_claims([{**row, "equal": None}])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("not judged")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("not compared")
 
 
 def test_its_tiles_are_labelled_with_what_they_show(serve, tmp_path):

@@ -79,17 +79,17 @@ chart() {
     --kube-context "$context"
 }
 
-# download URL FILE SHA256_URL: appears at FILE only if the checksum is right
+# download FILE SUFFIX URL: appears at FILE only if its checksum is that of URL.SUFFIX
 download() {
-  local url=$1 file=$2 sum_url=$3
+  local file=$1 sum_url=$3.$2 get=(curl --fail --silent --show-error --location)
   if $dry_run; then
-    run curl --fail --location --output "$file" "$url"
+    run "${get[@]}" --output "$file" "$3"
     echo "sha256sum --check  # against $sum_url"
     return
   fi
-  curl --fail --silent --show-error --location --output "$file.part" "$url"
+  "${get[@]}" --output "$file.part" "$3"
   local published
-  published=$(curl --fail --silent --show-error --location "$sum_url" | awk '{print $1; exit}')
+  published=$("${get[@]}" "$sum_url" | awk '{print $1; exit}')
   echo "$published  $file.part" | sha256sum --check --quiet
   mv "$file.part" "$file"
 }
@@ -108,19 +108,18 @@ install_tools() {
   esac
   run mkdir -p "$bin_dir"
   if missing kind; then
-    local kind=https://github.com/kubernetes-sigs/kind/releases/download/$KIND_VERSION/kind-$os-$arch
-    download "$kind" "$bin_dir/kind" "$kind.sha256sum"
+    download "$bin_dir/kind" sha256sum \
+      "https://github.com/kubernetes-sigs/kind/releases/download/$KIND_VERSION/kind-$os-$arch"
     run chmod +x "$bin_dir/kind"
   fi
   if missing kubectl; then
-    local kubectl=https://dl.k8s.io/release/$KUBECTL_VERSION/bin/$os/$arch/kubectl
-    download "$kubectl" "$bin_dir/kubectl" "$kubectl.sha256"
+    download "$bin_dir/kubectl" sha256 \
+      "https://dl.k8s.io/release/$KUBECTL_VERSION/bin/$os/$arch/kubectl"
     run chmod +x "$bin_dir/kubectl"
   fi
   if missing helm; then
     local archive=helm-$HELM_VERSION-$os-$arch.tar.gz
-    download "https://get.helm.sh/$archive" "$bin_dir/$archive" \
-      "https://get.helm.sh/$archive.sha256sum"
+    download "$bin_dir/$archive" sha256sum "https://get.helm.sh/$archive"
     run tar --extract --gzip --file "$bin_dir/$archive" --directory "$bin_dir" \
       --strip-components 1 "$os-$arch/helm"
   fi

@@ -28,14 +28,8 @@ from ts.utils.util import PredictionException
 
 # TorchServe wants exactly one class in this file.
 
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_UNREADABLE: tuple = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
+_UNREADABLE += (Image.DecompressionBombError,)
 
 
 def _bad(index: int, reason: str) -> PredictionException:
@@ -70,12 +64,9 @@ class FasterRCNNHandler(BaseHandler):
         self, model_dir: str, model_file: str, model_pt_path: str
     ) -> torch.nn.Module:
         """As BaseHandler's, but the weights are read as data only."""
-        module = importlib.import_module(os.path.splitext(model_file)[0])
-        model = module.Detector()
-        checkpoint = torch.load(
-            model_pt_path, map_location=self.device, weights_only=True
-        )
-        model.load_state_dict(checkpoint["model"])
+        model = importlib.import_module(os.path.splitext(model_file)[0]).Detector()
+        weights = torch.load(model_pt_path, self.device, weights_only=True)["model"]
+        model.load_state_dict(weights)
         return model
 
     def preprocess(self, data: Any) -> list[torch.Tensor]:
@@ -103,10 +94,8 @@ class FasterRCNNHandler(BaseHandler):
             # of these formats the header alone is read; ICO's, say, decodes
             picture = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "TIFF"))
         except _UNREADABLE as error:
-            raise _bad(
-                index,
-                f"{len(content)} bytes that are not a picture (JPEG, PNG or TIFF)",
-            ) from error
+            reason = f"{len(content)} bytes that are not a picture (JPEG, PNG or TIFF)"
+            raise _bad(index, reason) from error
         width, height = picture.size
         if width * height > self.max_pixels:
             raise _bad(
@@ -119,33 +108,28 @@ class FasterRCNNHandler(BaseHandler):
         try:
             pixels = np.array(picture.convert("RGB"))
         except _UNREADABLE as error:
-            raise _bad(
-                index, f"the picture is damaged or cut short: {error}"
-            ) from error
+            reason = f"the picture is damaged or cut short: {error}"
+            raise _bad(index, reason) from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
+    @torch.inference_mode()
     def inference(
         self, data: list[torch.Tensor], *args: Any, **kwargs: Any
     ) -> list[dict[str, torch.Tensor]]:
         """One picture after the other: memory is that of one, results do not mix."""
-        with torch.inference_mode():
-            return [
-                self.model([picture.to(self.device).float() / 255])[0]
-                for picture in data
-            ]
+        pictures = (picture.to(self.device).float() / 255 for picture in data)
+        return [self.model([picture])[0] for picture in pictures]
 
     def postprocess(self, data: list[dict[str, torch.Tensor]]) -> list[list[dict]]:
         """Detections to the answer: a list of boxes for each picture."""
-        return [self._answer(output) for output in data]
-
-    def _answer(self, output: dict[str, torch.Tensor]) -> list[dict]:
-        rows = zip(  # noqa: B905, Python 3.9 has no strict
-            output["boxes"].tolist(),
-            output["labels"].tolist(),
-            output["scores"].tolist(),
-        )
-        return [
-            {self.mapping[str(label)]: box, "score": score}
-            for box, label, score in rows
-            if score >= self.score_threshold
-        ]
+        answers = []
+        for output in data:
+            columns = (output[key].tolist() for key in ("boxes", "labels", "scores"))
+            answers.append(
+                [
+                    {self.mapping[str(label)]: box, "score": score}
+                    for box, label, score in zip(*columns)  # noqa: B905, Python 3.9
+                    if score >= self.score_threshold
+                ]
+            )
+        return answers

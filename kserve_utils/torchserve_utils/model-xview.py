@@ -1,13 +1,14 @@
 """The model file of the archive: builds the detector that detector.json describes.
 
-TorchServe makes the one class in this file without arguments. models.py and
-detector.json lie beside it in the archive, so any architecture that `build_model`
-knows is served by these same lines.
+TorchServe makes the one class in this file without arguments. models.py, what it
+imports and detector.json lie beside it in the archive, so any architecture that
+`build_model` knows is served by these same lines.
 """
 
-import importlib.util
+import importlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = "_archived_detector"
 
 
 def _models() -> ModuleType:
-    # by its path: some other module called "models" may come first on sys.path
-    spec = importlib.util.spec_from_file_location(
-        "xview_models", os.path.join(_HERE, "models.py")
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no models.py in {_HERE}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """models.py of this folder, in a package made here.
+
+    It imports its neighbours relatively, and a folder of TorchServe is no package; on
+    sys.path some other module called "models" may come first.
+    """
+    package = ModuleType(_PACKAGE)
+    package.__path__ = [_HERE]
+    sys.modules[_PACKAGE] = package
+    return importlib.import_module(f"{_PACKAGE}.models")
 
 
 class Detector(torch.nn.Module):

@@ -34,25 +34,20 @@ def read_class_names(path: str | Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt-path", required=True, help="file, or Determined folder")
-    parser.add_argument("--new-ckpt-name", required=True, help="the file to write")
-    parser.add_argument("--architecture", choices=MODELS, metavar="NAME")
-    parser.add_argument("--class-names", metavar="FILE", help="JSON, see the docstring")
-    parser.add_argument("--settings", type=json.loads, metavar="JSON")
-    parser.add_argument("--tile-size", type=int)
-    parser.add_argument("--overlap", type=float)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--ckpt-path", required=True, help="file, or Determined folder")
+    add("--new-ckpt-name", required=True, help="the file to write")
+    add("--architecture", choices=MODELS, metavar="NAME")
+    add("--class-names", metavar="FILE", help="JSON, see the docstring")
+    add("--settings", type=json.loads, metavar="JSON")
+    add("--tile-size", type=int)
+    add("--overlap", type=float)
+    given = vars(parser.parse_args())
+    source, target = given.pop("ckpt_path"), given.pop("new_ckpt_name")
     try:
-        names = read_class_names(args.class_names) if args.class_names else None
-        stripped = strip_checkpoint(
-            args.ckpt_path,
-            args.new_ckpt_name,
-            architecture=args.architecture,
-            class_names=names,
-            settings=args.settings,
-            tile_size=args.tile_size,
-            overlap=args.overlap,
-        )
+        if given["class_names"]:
+            given["class_names"] = read_class_names(given["class_names"])
+        stripped = strip_checkpoint(source, target, **given)
     except (OSError, ValueError) as error:
         sys.exit(f"strip_checkpoint: {error}")
     print(f"wrote {stripped}, {stripped.stat().st_size / 1e6:.1f} MB")
