@@ -15,6 +15,7 @@ loopback interface.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def torchserve(
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
     command += ["--ts-config", str(work / "config.properties")]
     with server_process(command, environment, work) as (server, log):
-        _wait_ready(local["management_address"], models, server, log, ready_timeout)
+        management = local["management_address"]
+        for model in models:
+            ready = functools.partial(_has_worker, management, model)
+            _wait("TorchServe", ready, server, log, ready_timeout)
         yield local["inference_address"]
 
 
@@ -156,8 +160,8 @@ def predictor(
     command = [sys.executable, "-m", "kserve_utils.predictor"]
     command += ["--model_dir", str(artefact), "--engine", engine]
     command += ["--precision", precision, "--threads", str(threads)]
-    command += ["--host", "127.0.0.1", "--http_port", str(http)]
-    command += ["--grpc_port", str(grpc), "--drain_delay", "0"]
+    command += ["--http_port", str(http), "--grpc_port", str(grpc)]
+    command += ["--drain_delay", "0"]
     command += ["--model_name", model_name] if model_name else []
     command += ["--device", device] if device else []
     environment = {
@@ -168,24 +172,40 @@ def predictor(
     with server_process([*command, *arguments], environment, work) as (server, log):
         address = Address(f"http://127.0.0.1:{http}")
         address.grpc, address.pid = f"127.0.0.1:{grpc}", server.pid
-        _wait_answer(address, server, log, ready_timeout)
+        ready = f"{address}/v2/health/ready"
+        _wait("the predictor", lambda: bool(_get(ready)), server, log, ready_timeout)
         yield address
 
 
-def _wait_answer(
-    address: str, server: subprocess.Popen, log: Path, timeout: float
-) -> None:
-    session, end = requests.Session(), time.monotonic() + timeout
+def _get(url: str) -> requests.Response | None:
+    """The answer if it is a good one; None while nobody listens, or not yet ready."""
+    session = requests.Session()
     session.trust_env = False  # a proxy does not know this machine's loopback
-    while True:
-        with contextlib.suppress(requests.RequestException):
-            if session.get(f"{address}/v2/health/ready", timeout=5).ok:
-                return
-        text = log.read_text(errors="replace")
+    with contextlib.suppress(requests.RequestException):
+        answer = session.get(url, timeout=5)
+        return answer if answer.ok else None
+    return None
+
+
+def _wait(
+    name: str,
+    ready: Callable[[], bool],
+    server: subprocess.Popen,
+    log: Path,
+    timeout: float,
+) -> None:
+    """Until a server is ready; a RuntimeError with the end of its log if it never is."""
+    end = time.monotonic() + timeout
+    while not ready():
+        reason, text = "", log.read_text(errors="replace")
         if server.poll() is not None:
-            raise RuntimeError(f"the predictor ended by itself:\n{tail(text)}")
-        if time.monotonic() > end:
-            raise RuntimeError(f"not ready after {timeout:g} s:\n{tail(text)}")
+            reason = "ended by itself"
+        elif "Load model failed" in text:
+            reason = "did not load the model"
+        elif time.monotonic() > end:
+            reason = f"is not ready after {timeout:g} s"
+        if reason:
+            raise RuntimeError(f"{name} {reason}:\n{tail(text)}")
         time.sleep(0.1)
 
 
@@ -288,36 +308,14 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _wait_ready(
-    management: str, models: dict, server: subprocess.Popen, log: Path, timeout: float
-) -> None:
-    """Until each model has a worker that is READY; /ping is healthy long before."""
-    session = requests.Session()
-    session.trust_env = False  # a proxy does not know this machine's loopback
-    waiting, end = set(models), time.monotonic() + timeout
-    while waiting:
-        for model in sorted(waiting):
-            with contextlib.suppress(requests.RequestException):
-                answer = session.get(f"{management}/models/{model}", timeout=5)
-                if answer.ok and any(
-                    worker["status"] == "READY"
-                    for version in answer.json()
-                    for worker in version["workers"]
-                ):
-                    waiting.discard(model)
-        if not waiting:
-            return
-        text = log.read_text(errors="replace")
-        if server.poll() is not None:
-            raise RuntimeError(f"TorchServe ended by itself:\n{tail(text)}")
-        if "Load model failed" in text:
-            raise RuntimeError(f"the worker did not load the model:\n{tail(text)}")
-        if time.monotonic() > end:
-            raise RuntimeError(
-                f"{', '.join(sorted(waiting))} not ready after {timeout:g} s:\n"
-                f"{tail(text)}"
-            )
-        time.sleep(0.25)
+def _has_worker(management: str, model: str) -> bool:
+    """Whether TorchServe has a worker that is READY; /ping is healthy long before."""
+    answer = _get(f"{management}/models/{model}")
+    return answer is not None and any(
+        worker["status"] == "READY"
+        for version in answer.json()
+        for worker in version["workers"]
+    )
 
 
 def tail(text: str, lines: int = 30) -> str:
