@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,23 +27,24 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import requests
 
-# Waits for the end of its input, which comes when the process that started it ends in
-# whatever way, kill -9 included; then ends the process group of the server and removes
-# its folder.
+# Waits for the end of its input, which comes with that of the block, or of the process
+# that runs it in whatever way, kill -9 included; then ends the process group of the
+# server and removes its folder.
 _GUARD = """
 import os, shutil, signal, sys, time
 sys.stdin.read()
-for sign in (signal.SIGTERM, signal.SIGKILL):
-    try:
-        os.killpg(int(sys.argv[1]), sign)
-    except ProcessLookupError:
-        break
-    time.sleep(5)
-shutil.rmtree(sys.argv[2], ignore_errors=True)
+group, folder = int(sys.argv[1]), sys.argv[2]
+try:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(group, sign)
+        for _ in range(200):
+            time.sleep(0.05)
+            os.killpg(group, 0)  # an error once nobody is left
+except ProcessLookupError:
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -70,35 +70,27 @@ def torchserve(
         RuntimeError: no Java, or the server did not come up; with the end of its log.
     """
     tree = Path(tree).resolve()
-    names, text = _read_config(tree)
-    java = java_home()
-    work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
-    ports = _free_ports(5)
+    names, java, ports = _model_names(tree), java_home(), _free_ports(5)
     url, management, metrics = (f"http://127.0.0.1:{port}" for port in ports[:3])
-    local: dict[str, Any] = {
-        "inference_address": url,
-        "management_address": management,
-        "metrics_address": metrics,
-        "grpc_inference_port": ports[3],
-        "grpc_management_port": ports[4],
-        "model_store": tree / "model-store",
-    }
-    lines = [line for line in text.splitlines() if line.split("=")[0] not in local]
-    lines += [f"{key}={value}" for key, value in local.items()]
-    config = work / "config.properties"
-    config.write_text("\n".join(lines) + "\n")
-    environment = {
-        "JAVA_HOME": java,
-        "TMPDIR": str(work),  # the launcher's pid file
-        "TEMP": str(work),  # Java's java.io.tmpdir: unpacked archives, sockets
-        "LOG_LOCATION": str(work / "logs"),
-        "METRICS_LOCATION": str(work / "logs"),
+    work = tempfile.mkdtemp(prefix="torchserve-")  # short: sockets go there
+    config = str(tree / "config" / "config.properties")
+    environment = {  # that of the config's settings wins: enable_envvars_config
+        "TS_INFERENCE_ADDRESS": url,
+        "TS_MANAGEMENT_ADDRESS": management,
+        "TS_METRICS_ADDRESS": metrics,
+        "TS_GRPC_INFERENCE_PORT": str(ports[3]),
+        "TS_GRPC_MANAGEMENT_PORT": str(ports[4]),
+        "TS_CONFIG_FILE": config,  # one of the caller's would win over --ts-config
         "TS_SERVICE_ENVELOPE": "kserve",
-        "TS_CONFIG_FILE": str(config),  # one of the caller's would win over --ts-config
+        "JAVA_HOME": java,
+        "TMPDIR": work,  # the launcher's pid file
+        "TEMP": work,  # Java's java.io.tmpdir: unpacked archives, sockets
+        "LOG_LOCATION": f"{work}/logs",
+        "METRICS_LOCATION": f"{work}/logs",
         "OMP_NUM_THREADS": str(threads),
     }
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
-    command += ["--ts-config", str(config)]
+    command += ["--ts-config", config, "--model-store", str(tree / "model-store")]
     models = [f"{management}/models/{name}" for name in names]
 
     def ready() -> bool:
@@ -143,14 +135,13 @@ def predictor(
     artefact = Path(artefact_dir).resolve()
     if not artefact.is_dir():
         raise FileNotFoundError(f"no artefact at {artefact_dir}")
-    work = Path(tempfile.mkdtemp(prefix="predictor-"))
     http, grpc = _free_ports(2)
     flags = {"threads": 1, "drain_delay": 0, **flags, "model_dir": artefact}
     flags |= {"host": "127.0.0.1", "http_port": http, "grpc_port": grpc}
     given = [f"--{key}={value}" for key, value in flags.items() if value is not None]
     command = [sys.executable, "-m", "kserve_utils.predictor", *given]
     url = Address(f"http://127.0.0.1:{http}")
-    environment = {"TMPDIR": str(work)}  # scenes are spooled there
+    environment = {"TMPDIR": tempfile.mkdtemp(prefix="predictor-")}  # for scenes too
 
     def ready() -> bool:
         return _get(f"{url}/v2/health/ready") is not None
@@ -175,10 +166,9 @@ def _running(
     it. The block begins when it is ready; if it never is, a RuntimeError has the end of
     its log.
     """
-    work = Path(environment["TMPDIR"])
-    log = work / "server.log"
+    work = environment["TMPDIR"]
+    log = Path(work, "server.log")
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, work, ignore_errors=True)
         server = subprocess.Popen(
             command,
             env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
@@ -188,13 +178,17 @@ def _running(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        stack.callback(_end, server)
-        guard = [sys.executable, "-c", _GUARD, str(server.pid), str(work)]
-        pipe = subprocess.PIPE
-        watch = subprocess.Popen(guard, stdin=pipe, start_new_session=True)
-        stack.enter_context(watch)  # closes the pipe, and waits for its end
-        stack.callback(watch.kill)
-        stack.callback(_end, server)  # while it is watched; once more if it was not
+        stack.callback(server.kill)  # should there be no guard
+        guard = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", _GUARD, str(server.pid), work],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
+        stack.callback(server.wait)  # or it stays in the group, which the guard sees
+        if guard.stdin:
+            stack.callback(guard.stdin.close)
         end = time.monotonic() + ready_timeout
         while not ready():
             reason, text = "", log.read_text(errors="replace")
@@ -228,13 +222,12 @@ def _has_worker(url: str) -> bool:
     return any(worker["status"] == "READY" for worker in workers)
 
 
-def _read_config(tree: Path) -> tuple[list[str], str]:
-    """The names of a tree's models, whose archives are there, and its config's text."""
+def _model_names(tree: Path) -> list[str]:
+    """Those of a tree's config, whose archives are there and whole."""
     path = tree / "config" / "config.properties"
     if not path.is_file():
         raise FileNotFoundError(f"no model store at {tree}: it lacks {path.name}")
-    text = path.read_text()
-    snapshot = re.search(r"^model_snapshot=(.*)$", text, re.MULTILINE)
+    snapshot = re.search("^model_snapshot=(.*)", path.read_text(), re.MULTILINE)
     if snapshot is None:
         raise ValueError(f"{path} names no models: it has no model_snapshot")
     models = json.loads(snapshot[1])["models"]
@@ -244,7 +237,7 @@ def _read_config(tree: Path) -> tuple[list[str], str]:
             raise FileNotFoundError(f"{path} names {archive}, which is not there")
         if not zipfile.is_zipfile(archive):  # it would wait for it forever
             raise ValueError(f"{archive} is damaged: not a whole model archive")
-    return list(models), text
+    return list(models)
 
 
 def java_home() -> str:
@@ -287,18 +280,3 @@ def _tail(text: str) -> str:
     noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
     kept = [line for line in text.splitlines() if not any(n in line for n in noise)]
     return "\n".join(kept[-30:])
-
-
-def _end(server: subprocess.Popen) -> None:
-    """End the launcher, Java and the workers: they are one process group."""
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        end = time.monotonic() + patience
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, sign)
-            while time.monotonic() < end:
-                server.poll()  # collects the launcher, or the group never empties
-                os.killpg(server.pid, 0)  # raises once nobody is left
-                time.sleep(0.05)
-            continue
-        return
-    raise RuntimeError(f"processes of the group {server.pid} do not end")
