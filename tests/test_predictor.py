@@ -2,14 +2,13 @@
 
 import ast
 import asyncio
-import base64
 import importlib.metadata
 import io
 import itertools
 import json
-import logging
 import os
 import re
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -54,11 +53,11 @@ from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
 from kserve_utils.predictor.admission import Admission, Limits
 from kserve_utils.predictor.model import QueuedDetector
-from kserve_utils.predictor.pictures import check_picture, check_scene, check_sides
+from kserve_utils.predictor.pictures import check_scene, check_sides
 from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.predictor.rest import add_routes
-from kserve_utils.predictor.server import Server, one_line
+from kserve_utils.predictor.server import Server
 from kserve_utils.servers import predictor
 
 TILE = jpeg(300, 300, seed=3)
@@ -202,9 +201,8 @@ def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
 def test_a_scene_comes_as_geojson_too(predicted, scene):
     content, parameters = scene.read_bytes(), {**FINE, "geojson": True}
     answer = boxes_v2(ask_v2(predicted, content, parameters=parameters).json())
-    features = json.loads(answer["geojson"][0])["features"]
-    found = {key: answer[key] for key in ("boxes_xyxy", "labels", "scores")}
-    expected = to_geojson(found, NAMES)["features"]
+    features = json.loads(answer.pop("geojson")[0])["features"]
+    expected = to_geojson(answer, NAMES)["features"]
     assert len(features) == len(expected) > 10 and features[0] == expected[0]
     body = {**instance(content), "parameters": parameters}
     (first,) = ask_v1(predicted, body).json()["predictions"]
@@ -217,14 +215,14 @@ def test_a_threshold_of_the_request_wins(predicted):
     cut = float(np.median(scores))
     fewer = ask_v2(predicted, TILE, parameters={"score_threshold": cut}).json()
     assert len(boxes_v2(fewer)["scores"]) == (scores >= cut).sum()
-    none = ask_v2(predicted, TILE, parameters={"score_threshold": 1.0}).json()
-    assert boxes_v2(none)["boxes_xyxy"].shape == (0, 4)
     body = {**instance(TILE), "parameters": {"score_threshold": 1}}
     assert ask_v1(predicted, body).json() == {"predictions": [[]]}
+    none = ask_v2(predicted, TILE, parameters={"score_threshold": 1.0}).json()
+    assert boxes_v2(none)["boxes_xyxy"].shape == (0, 4)
 
 
 @pytest.mark.slow
-def test_metrics_count_requests_pictures_and_refusals(predicted):
+def test_metrics_and_a_line_of_the_log_count_what_was_refused(predicted):
     def value(name: str) -> float:
         text = requests.get(f"{predicted}/metrics", timeout=60).text
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -236,26 +234,19 @@ def test_metrics_count_requests_pictures_and_refusals(predicted):
         'predictor_pictures_total{kind="tile"}',
         'predictor_latency_seconds_count{kind="tile",protocol="v1"}',
     )
-    before = [value(name) for name in names]
+    log = Path(psutil.Process(predicted.pid).environ()["TMPDIR"], "server.log")
+    text, before = log.read_text(), [value(name) for name in names]
     body = {"instances": instance(TILE)["instances"] * 3}
     assert len(ask_v1(predicted, body).json()["predictions"]) == 3
-    assert ask_v2(predicted, b"no picture").status_code == 400
+    assert ask_v2(predicted, bytes(10_000)).status_code == 400
+    assert requests.get(f"{predicted}/v1/models/nope", timeout=60).status_code == 404
     assert [value(n) - b for n, b in zip(names, before, strict=True)] == [1, 1, 3, 1]
     assert value("predictor_queue_length") == 0
-
-
-@pytest.mark.slow
-def test_the_log_has_one_line_for_a_failure_and_nothing_of_the_picture(predicted):
-    log = Path(psutil.Process(predicted.pid).environ()["TMPDIR"], "server.log")
-    before = log.read_text()
-    noise = base64.b64encode(np.random.default_rng(0).bytes(10_000)).decode()
-    assert ask_v1(predicted, {"instances": [{"data": noise}]}).status_code == 400
-    assert requests.get(f"{predicted}/v1/models/nope", timeout=60).status_code == 404
-    assert ask_v2(predicted, TILE).status_code == 200
-    lines = log.read_text().removeprefix(before).splitlines()
-    assert len(lines) == 2
-    assert "v1 400 instance 0: 10000 bytes that are not a picture" in lines[0]
-    assert "nope" in lines[1]
+    ours, kserves = log.read_text().removeprefix(text).splitlines()
+    assert ours.endswith(
+        "v2 400 input image: 10000 bytes that are not a picture (JPEG, PNG or TIFF)"
+    )
+    assert re.search(r"ModelNotFound: .* nope .*\(/.*\.py:\d+\)$", kserves)
 
 
 @pytest.mark.slow
@@ -300,26 +291,18 @@ def test_a_message_that_is_none_is_refused(predicted):
     assert requests.get(f"{predicted}/v2/health/ready", timeout=60).ok
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (("--engine", "torch", "--device", "cuda"), "device 'cuda', but torch"),
-        (("--engine", "torch", "--device", "gpu"), "no device 'gpu'; valid: cpu, cuda"),
-        (("--engine", "openvino", "--device", "cuda"), "runs on the CPU alone"),
-    ],
-)
-def test_a_device_that_cannot_be_had_is_one_line_and_no_server(
-    tmp_path, arguments, reason, monkeypatch
-):
-    absent = ["--model_dir", str(tmp_path / "absent")]
-    monkeypatch.setattr(sys, "argv", ["predictor", *arguments, *absent])
+def test_a_device_that_cannot_be_had_is_one_line_and_no_server(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets both
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    (line,) = str(ended.value).splitlines()
-    assert line.startswith("predictor: ") and reason in line
+    for engine, device, reason in (
+        ("torch", "cuda", "device 'cuda', but torch"),
+        ("openvino", "cuda", "openvino runs on the CPU alone"),
+    ):
+        flags = ["--engine", engine, "--device", device, "--model_dir", "absent"]
+        monkeypatch.setattr(sys, "argv", ["predictor", *flags])
+        with pytest.raises(SystemExit, match=f"^predictor: .*{reason}.*$"):
+            main()
 
 
 def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
@@ -331,13 +314,9 @@ def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_pa
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "the body is empty"),
-        (b"not json", "not JSON"),
         (b"[]", 'no "instances"'),
         (b'{"instances": []}', 'no "instances"'),
-        (b'{"instances": [{"image": "x"}]}', 'instance 0: needs the key "data"'),
         (b'{"instances": [{"data": 3}]}', "instance 0: data must be text"),
-        (b'{"instances": [{"data": "%%%"}]}', "instance 0: data is not base64"),
         (b'{"instances": [{"data": "QQ=="}, {"data": "QQ=="}, 1, 2]}', "at most 3"),
         (b'{"instances": [1], "parameters": []}', "must be an object"),
         (b'{"instances": [1], "parameters": {"sceen": true}}', "no parameter sceen"),
@@ -483,9 +462,9 @@ def test_the_binary_form_may_be_as_large_as_what_it_asks_for(
     assert answer.status_code == status, answer.text
 
 
-@pytest.mark.parametrize("value", ["x", "\u00b2", "-1", "9999999"])
+@pytest.mark.parametrize("value", [b"x", b"\xb2", b"-1", b"9999999"])
 def test_a_length_of_the_json_that_is_no_length_is_refused(value):
-    headers = {"Inference-Header-Content-Length": value.encode("latin-1")}
+    headers = {"Inference-Header-Content-Length": value}
     assert post(b"{}", headers, V2_URL).status_code == 400
 
 
@@ -522,15 +501,14 @@ def test_the_queue_is_bounded_and_says_when_to_ask_again():
     admission.close()
 
 
-def test_an_error_of_the_server_says_nothing_of_itself(caplog):
-    admission = Admission(Limits())
-    logging.getLogger("kserve").addHandler(caplog.handler)
-    with pytest.raises(Refusal, match="^internal error, see the server's log$") as one:
-        with admission.admit("v1"):
-            raise KeyError("secret")
-    logging.getLogger("kserve").removeHandler(caplog.handler)
-    assert one.value.status == 500 and "secret" in caplog.text
-    admission.close()
+def test_an_error_of_the_server_says_nothing_of_itself():
+    def broken() -> None:
+        raise KeyError("secret")
+
+    model = double_model(broken)
+    answer = in_process(model, lambda client: client.post(URL, json=instance(TILE)))
+    assert answer.status_code == 500 and model.admission.in_flight == 0
+    assert answer.json() == {"error": "internal error, see the server's log"}
 
 
 def test_scenes_of_a_server_that_was_killed_are_removed(tmp_path, monkeypatch):
@@ -558,47 +536,32 @@ def test_a_job_that_nobody_waits_for_takes_no_turn():
     assert refusal.value.status == 499
 
 
-def test_the_log_says_one_line_of_an_error_and_where_it_was():
-    try:
-        raise KeyError("a\nb")
-    except KeyError as error:
-        info = type(error), error, error.__traceback__
-    line = logging.LogRecord("kserve", 40, "", 1, "v1 500", (), info)
-    assert one_line(line) and line.exc_info is None
-    text = line.getMessage()
-    assert "\n" not in text and text.startswith("v1 500 KeyError")
-    assert "test_predictor.py:" in text
-
-
 def test_rest_and_grpc_share_one_grace_period_after_the_drain_delay(monkeypatch):
     """The end of REST waits for gRPC's here: one after the other would never end."""
     waits, stopped = [], asyncio.Event()
-    web = SimpleNamespace(config=SimpleNamespace(host=""), should_exit=False)
+    web = SimpleNamespace(config=SimpleNamespace(), should_exit=False)
 
-    async def slept(seconds: float) -> None:
-        assert not web.should_exit
-        waits.append(seconds)
+    async def sleep(seconds: float) -> None:
+        waits.append((seconds, web.should_exit))
 
     async def stop(grace: float) -> None:
-        assert web.should_exit  # so REST's grace period has begun
-        waits.append(grace)
+        waits.append((grace, web.should_exit))
         stopped.set()
 
-    async def start():
+    async def start_grpc() -> SimpleNamespace:
         return SimpleNamespace(stop=stop)
 
-    async def serve() -> None:
-        web.handle_exit(15, None)  # the signal
+    async def serve_rest() -> None:
+        web.handle_exit(signal.SIGTERM, None)
         await stopped.wait()
 
     model = double_model()
-    monkeypatch.setattr("kserve_utils.predictor.server.add_routes", lambda *_: None)
     server = Server(model, parse(["--drain_delay=3", "--grace_period=30"]))
-    server._rest_server, server._start_grpc = SimpleNamespace(_server=web), start
-    server.servers = [serve()]
-    monkeypatch.setattr("kserve_utils.predictor.server.asyncio.sleep", slept)
+    server._rest_server = SimpleNamespace(_server=web)
+    server._start_grpc, server.servers = start_grpc, [serve_rest()]
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     asyncio.run(asyncio.wait_for(server._serve(), 60))
-    assert waits == [3, 30] and server.grace_period == 30
+    assert waits == [(3, False), (30, True)] and server.grace_period == 30
     assert model.draining and web.config.host == "127.0.0.1"
     model.close()
 
@@ -678,24 +641,17 @@ def imports(path) -> set[str]:
     return names
 
 
-def test_pictures_are_refused_by_their_header(tmp_path):
-    with pytest.raises(Refusal, match="mode I;16: send 8 bits"):
-        check_picture(png("I;16", 8, 8), 100, "instance 0")
-    with pytest.raises(Refusal, match="9 x 12 pixels, at most 100"):
-        check_picture(png("L", 9, 12), 100, "instance 0")
-    large = tmp_path / "large.png"
-    large.write_bytes(png("RGB", 9, 12))
-    with pytest.raises(Refusal, match="decoded whole: send it as an uncompressed"):
-        check_scene(large, 100)
-    with pytest.raises(Refusal, match="a side is at most 100000"):
-        check_sides(1, 100_001)
-    pixels = np.zeros((9, 12, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "a.tif", pixels)
-    check_scene(tmp_path / "a.tif", 100)  # by windows
-    zipped = tmp_path / "b.tif"
-    tifffile.imwrite(zipped, pixels, compression="zlib")
+def test_a_scene_is_refused_by_its_header_unless_it_is_read_by_windows(tmp_path):
+    pixels, path = np.zeros((9, 12, 3), np.uint8), tmp_path / "scene"
+    tifffile.imwrite(path, pixels)
+    check_scene(path, 100)  # by windows
+    tifffile.imwrite(path, pixels, compression="zlib")
     with pytest.raises(Refusal, match="12 x 9 pixels, at most 100 are decoded"):
-        check_scene(zipped, 100)
-    (tmp_path / "c").write_bytes(b"hello")
-    with pytest.raises(Refusal, match="^scene: 5 bytes that are no TIFF"):
-        check_scene(tmp_path / "c", 100)
+        check_scene(path, 100)
+    path.write_bytes(png("RGB", 9, 12))
+    with pytest.raises(Refusal, match="decoded whole: send it as an uncompressed"):
+        check_scene(path, 100)
+    tifffile.imwrite(path, np.zeros((1, 100_001, 3), np.uint8))
+    for check in (lambda: check_scene(path, 100), lambda: check_sides(1, 100_001)):
+        with pytest.raises(Refusal, match="a side is at most 100000"):
+            check()

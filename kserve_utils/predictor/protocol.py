@@ -6,7 +6,6 @@ Nothing here knows of a server: bodies in, answers out.
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import threading
 import uuid
@@ -32,7 +31,6 @@ OUTPUTS = {  # name -> datatype and shape of V2 and gRPC
 }
 MAX_PARTS = 1_000_000  # of a JSON text; the pixels of a tile as nested lists are 90,000
 _KNOWN = ("scene", "score_threshold", "geojson", "binary_data_output")
-_ONE_IMAGE = '"inputs" must be one tensor with the name "image"'
 
 
 @dataclass
@@ -82,10 +80,8 @@ def parse_v1(job: Job, body: bytes, max_pictures: int) -> None:
     content = read_json(body)
     instances = content.get("instances") if isinstance(content, dict) else None
     if not isinstance(instances, list) or not instances:
-        raise bad(
-            'the request has no "instances": send {"instances": [{"data": "<base64 of '
-            'a picture file>"}]}'
-        )
+        form = '{"instances": [{"data": "<base64 of a picture file>"}]}'
+        raise bad(f'the request has no "instances": send {form}')
     if len(instances) > max_pictures:
         raise bad(f"{len(instances)} instances, at most {max_pictures} a request")
     _parameters(job, content.get("parameters"))
@@ -105,7 +101,6 @@ def parse_v2(job: Job, fields: object, rest: bytes | Path | None = None) -> None
     """A V2 request: its JSON, and what follows it in the binary form.
 
     Args:
-        job: gets the picture and what is wanted.
         fields: the parsed JSON, {"inputs": [{"name": "image", ...}], ...}.
         rest: bytes after the JSON, or the path of a file with them; None without.
 
@@ -119,7 +114,7 @@ def parse_v2(job: Job, fields: object, rest: bytes | Path | None = None) -> None
     tensors = fields.get("inputs")
     one = tensors[0] if isinstance(tensors, list) and len(tensors) == 1 else None
     if not isinstance(one, dict) or one.get("name") != "image":
-        raise bad(_ONE_IMAGE)
+        raise bad('"inputs" must be one tensor with the name "image"')
     try:
         for row in fields.get("outputs") or []:
             options = dict(row.get("parameters") or {})
@@ -140,7 +135,7 @@ def parse_grpc(job: Job, request: ModelInferRequest) -> None:
         Refusal: 400.
     """
     if len(request.inputs) != 1:  # before any is looked at: 8 MiB hold a million
-        raise bad(_ONE_IMAGE)
+        raise bad(f'{len(request.inputs)} inputs: send one with the name "image"')
     one, raw = request.inputs[0], None
     tensor: dict[str, Any] = {"name": one.name, "datatype": one.datatype}
     tensor["shape"] = list(one.shape)
@@ -237,10 +232,8 @@ def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
         raise bad("the body is empty")
     parts = sum(body.count(mark) for mark in (b"{", b"[", b'"'))
     if parts > MAX_PARTS:
-        raise bad(
-            f"the JSON has {parts} objects, lists and texts, at most {MAX_PARTS} are "
-            "taken: send the bytes of a picture file"
-        )
+        reason = f"{parts} objects, lists and texts, at most {MAX_PARTS} are taken"
+        raise bad(f"the JSON has {reason}: send the bytes of a picture file")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -250,14 +243,13 @@ def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
 def _base64(text: str, where: str) -> bytes:
     try:  # some encoders break lines
         return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise bad(f"{where} is not base64: {error}") from error
 
 
 def _parameters(job: Job, given: object) -> None:
     """Check the parameters of a request and put them into the job."""
-    if given is None:
-        return
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise bad('"parameters" must be an object')
     unknown = sorted(set(given) - set(_KNOWN))
@@ -313,11 +305,8 @@ def _infer_response(job: Job, model_name: str) -> InferResponse:
     if job.geojson:
         found["geojson"] = [orjson.dumps(found["geojson"]).decode()]
         types["geojson"] = "BYTES"
-    names = list(types)
-    if job.outputs and job.protocol == "grpc":  # REST: the SDK picks them
-        names = [output.name for output in job.outputs]
     outputs = []
-    for name in names:
+    for name in [output.name for output in job.outputs] or types:
         values = found[name]
         if types[name] == "BYTES":
             values = np.array([text.encode() for text in values], dtype=object)
@@ -327,5 +316,5 @@ def _infer_response(job: Job, model_name: str) -> InferResponse:
         model_name=model_name,
         infer_outputs=outputs,
         use_binary_outputs=job.binary,
-        requested_outputs=job.outputs if job.protocol == "v2" else None,
+        requested_outputs=job.outputs,
     )

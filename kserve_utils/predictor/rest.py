@@ -48,7 +48,7 @@ def add_routes(app: FastAPI, model: DetectorModel) -> None:
         raise Refusal(501, f"model {model_name!r} explains nothing: it takes :predict")
 
     @app.get(_PREDICT)  # KServe would take "NAME:predict" for the name of a model
-    async def status(model_name: str) -> Response:
+    async def wrong_verb(model_name: str) -> Response:
         reason = f"GET /v1/models/{model_name}:predict: it takes POST"
         return JSONResponse({"error": reason}, 405, {"allow": "POST"})
 
@@ -58,7 +58,7 @@ async def _refuse(request: Request, refusal: Any) -> Response:
 
 
 class SmallBodies:
-    """Starlette's limit of a body, for all routes but those that take pictures."""
+    """Starlette's limit of a body, for all routes but those above."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.limited = app, RequestBodyLimitMiddleware(app, _SMALL)
