@@ -315,9 +315,9 @@ def double_model(action=lambda: None, **limits) -> DetectorModel:
     return model
 
 
-def in_process(model: DetectorModel, ask, app: FastAPI | None = None):
+def in_process(model: DetectorModel, ask):
     """What `await ask(client)` gives of a predictor's own routes, without a server."""
-    app = app or FastAPI()
+    app = FastAPI()
     add_routes(app, model)
 
     async def run():

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -24,7 +23,7 @@ import requests
 import tifffile
 import torch
 import yaml
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from PIL import Image
@@ -419,11 +418,8 @@ async def slowly(*pieces: bytes, pause: float = 0):
 
 def post(content, headers: dict | None = None, url: str = URL, **limits):
     """The answer of a route; a body in pieces declares no length."""
-
-    async def ask(client: httpx.AsyncClient) -> httpx.Response:
-        return await client.post(url, content=content, headers=headers)
-
-    return in_process(double_model(**limits), ask)
+    options = {"content": content, "headers": headers}
+    return in_process(double_model(**limits), lambda one: one.post(url, **options))
 
 
 def test_a_body_is_counted_and_timed_while_it_comes(monkeypatch):
@@ -469,18 +465,8 @@ def test_a_length_of_the_json_that_is_no_length_is_refused(value):
 
 
 def test_what_no_route_of_pictures_takes_is_kept_small():
-    app = FastAPI()
-
-    @app.post("/other")
-    async def other(request: Request) -> dict:
-        return {"size": len(await request.body())}
-
-    async def ask(client: httpx.AsyncClient) -> list:
-        sizes = 1 << 16, (1 << 16) + 1
-        return [await client.post("/other", content=bytes(size)) for size in sizes]
-
-    fine, large = in_process(double_model(), ask, app)
-    assert fine.json() == {"size": 1 << 16} and large.status_code == 413
+    assert post(bytes(1 << 16), url="/elsewhere").status_code == 404
+    assert post(bytes((1 << 16) + 1), url="/elsewhere").status_code == 413
 
 
 def test_the_queue_is_bounded_and_says_when_to_ask_again():
@@ -502,10 +488,7 @@ def test_the_queue_is_bounded_and_says_when_to_ask_again():
 
 
 def test_an_error_of_the_server_says_nothing_of_itself():
-    def broken() -> None:
-        raise KeyError("secret")
-
-    model = double_model(broken)
+    model = double_model(lambda: {}["secret"])
     answer = in_process(model, lambda client: client.post(URL, json=instance(TILE)))
     assert answer.status_code == 500 and model.admission.in_flight == 0
     assert answer.json() == {"error": "internal error, see the server's log"}

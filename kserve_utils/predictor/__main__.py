@@ -94,9 +94,10 @@ def main() -> None:
         name = args.model_name or meta["model_name"]
         model = DetectorModel(detector, meta, name, limits, args.at_once)
         model.load()
+        server = Server(model, args)  # from here on there is a log
         used = (args.engine, args.precision, meta["device"])
         logger.info("%s computes in %s on %s", *used)
-        Server(model, args).start([model])
+        server.start([model])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"predictor: {' '.join(str(error).split())}")
     if model.close():  # a forward pass cannot be interrupted, and would be waited for
