@@ -321,7 +321,7 @@ def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_pa
         (b'{"instances": [1], "parameters": {"sceen": true}}', "no parameter sceen"),
         (b'{"instances": [1], "parameters": {"scene": 1}}', "scene is 1"),
         (b'{"instances": [1], "parameters": {"score_threshold": 2}}', "in 0..1"),
-        (b'{"instances": [1], "parameters": {"score_threshold": true}}', "in 0..1"),
+        (b'{"instances": [1], "parameters": {"score_threshold": false}}', "in 0..1"),
         (b'{"instances": [1], "parameters": {"score_threshold": "x"}}', "in 0..1"),
         (b'{"instances": [1, 2], "parameters": {"scene": true}}', "comes alone"),
         (b"[" + b"{}," * 1_000_000 + b"{}]", "1000002 objects, lists and texts"),

@@ -1,7 +1,4 @@
-"""Requests of V1, V2 and gRPC to one kind of job, and its boxes back again.
-
-Nothing here knows of a server: bodies in, answers out.
-"""
+"""Requests of V1, V2 and gRPC to one kind of job, and its boxes back: no server yet."""
 
 from __future__ import annotations
 
@@ -262,11 +259,12 @@ def _parameters(job: Job, given: object) -> None:
     job.binary = bool(given.get("binary_data_output"))
     if (value := given.get("score_threshold")) is not None:
         try:  # gRPC's parameters have no fractions: text there
-            job.score_threshold = math.nan if value is True else float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            job.score_threshold = math.nan
-        if not 0 <= job.score_threshold <= 1:
+            number = math.nan
+        if not 0 <= number <= 1:
             raise bad(f"parameter score_threshold is {value!r}: a number in 0..1")
+        job.score_threshold = number
 
 
 def answer(job: Job, model_name: str) -> Any:
