@@ -53,7 +53,7 @@ from kserve_utils.predictor.__main__ import main, parse
 from kserve_utils.predictor.admission import Admission, Limits
 from kserve_utils.predictor.model import QueuedDetector
 from kserve_utils.predictor.pictures import check_scene, check_sides
-from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
+from kserve_utils.predictor.protocol import Job, parse_grpc, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.predictor.rest import add_routes
 from kserve_utils.predictor.server import Server
@@ -374,6 +374,22 @@ def test_a_v2_request_that_is_wrong_says_what_is(fields, rest, reason):
     with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
         parse_v2(Job("v2"), fields, rest)
     assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 0), (2, 0), (1, 11)])
+def test_a_grpc_request_of_many_tensors_is_refused_by_their_number(inputs, outputs):
+    request = pb.ModelInferRequest(
+        inputs=[{"name": "image"}] * inputs, outputs=[{"name": "scores"}] * outputs
+    )
+    with pytest.raises(Refusal, match=f"{inputs} inputs for {outputs} outputs"):
+        parse_grpc(Job("grpc"), request)
+
+
+def test_a_reason_is_one_short_line_whatever_it_quotes():
+    body = json.dumps({"instances": [1], "parameters": {"scene": "x\n" * 10_000}})
+    with pytest.raises(Refusal, match="^parameter scene is 'x") as refusal:
+        parse_v1(Job("v1"), body.encode(), max_pictures=1)
+    assert len(str(refusal.value)) <= 1000
 
 
 URL, V2_URL = f"/v1/models/{MODEL}:predict", f"/v2/models/{MODEL}/infer"

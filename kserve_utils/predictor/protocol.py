@@ -131,8 +131,9 @@ def parse_grpc(job: Job, request: ModelInferRequest) -> None:
     Raises:
         Refusal: 400.
     """
-    if len(request.inputs) != 1:  # before any is looked at: 8 MiB hold a million
-        raise bad(f'{len(request.inputs)} inputs: send one with the name "image"')
+    count, wanted = len(request.inputs), len(request.outputs)
+    if count != 1 or wanted > 10:  # before any is looked at: 8 MiB hold a million
+        raise bad(f"{count} inputs for {wanted} outputs: send one input, image")
     one, raw = request.inputs[0], None
     tensor: dict[str, Any] = {"name": one.name, "datatype": one.datatype}
     tensor["shape"] = list(one.shape)

@@ -20,7 +20,8 @@ class Refusal(GrpcException):
 
     Args:
         status: HTTP status of the answer; a gRPC code follows from it.
-        reason: what the caller reads; one line, without anything of the picture.
+        reason: what the caller reads; one line, without anything of the picture. It is
+            cut after 1,000 characters: a value that it quotes may be 64 MB.
         retry_after: seconds until it is worth asking again.
     """
 
@@ -28,7 +29,7 @@ class Refusal(GrpcException):
         self, status: int, reason: str, retry_after: int | None = None
     ) -> None:
         code = _CODES.get(status, StatusCode.INTERNAL)
-        super().__init__(" ".join(reason.split()), code)
+        super().__init__(" ".join(reason[:1000].split()), code)
         self.status, self.headers = status, {}
         if retry_after is not None:
             self.headers["retry-after"] = str(retry_after)
