@@ -61,6 +61,7 @@ from kserve_utils.servers import predictor
 
 TILE = jpeg(300, 300, seed=3)
 FOLDER = ROOT / "kserve_utils" / "predictor"
+LONG = b"x" * 100_000
 FINE = {"scene": True, "score_threshold": 0.017}  # untrained scores are low
 
 
@@ -320,6 +321,7 @@ def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_pa
         (b'{"instances": [1], "parameters": []}', "must be an object"),
         (b'{"instances": [1], "parameters": {"sceen": true}}', "no parameter sceen"),
         (b'{"instances": [1], "parameters": {"scene": 1}}', "scene is 1"),
+        (b'{"instances": [1], "parameters": {"scene": "%s"}}' % LONG, "scene is 'xx"),
         (b'{"instances": [1], "parameters": {"score_threshold": 2}}', "in 0..1"),
         (b'{"instances": [1], "parameters": {"score_threshold": false}}', "in 0..1"),
         (b'{"instances": [1], "parameters": {"score_threshold": "x"}}', "in 0..1"),
@@ -330,7 +332,7 @@ def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_pa
 def test_a_v1_body_that_is_wrong_says_what_is(body, reason):
     with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
         parse_v1(Job("v1"), body, max_pictures=3)
-    assert refusal.value.status == 400
+    assert refusal.value.status == 400 and len(str(refusal.value)) <= 1000
 
 
 def tensor(**fields) -> dict:
@@ -383,13 +385,6 @@ def test_a_grpc_request_of_many_tensors_is_refused_by_their_number(inputs, outpu
     )
     with pytest.raises(Refusal, match=f"{inputs} inputs for {outputs} outputs"):
         parse_grpc(Job("grpc"), request)
-
-
-def test_a_reason_is_one_short_line_whatever_it_quotes():
-    body = json.dumps({"instances": [1], "parameters": {"scene": "x\n" * 10_000}})
-    with pytest.raises(Refusal, match="^parameter scene is 'x") as refusal:
-        parse_v1(Job("v1"), body.encode(), max_pictures=1)
-    assert len(str(refusal.value)) <= 1000
 
 
 URL, V2_URL = f"/v1/models/{MODEL}:predict", f"/v2/models/{MODEL}/infer"

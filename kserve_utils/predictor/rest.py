@@ -136,12 +136,13 @@ async def _read_v2(request: Request, model: DetectorModel, job: Job) -> None:
 
 async def _joined(pieces: AsyncIterator[bytes], size: float = math.inf) -> bytes:
     """All of them, or those that have the first `size` bytes."""
-    body = bytearray()
+    parts, length = [], 0
     async for piece in pieces:
-        body += piece
-        if len(body) >= size:
+        parts.append(piece)
+        length += len(piece)
+        if length >= size:
             break
-    return bytes(body)
+    return b"".join(parts)
 
 
 async def _pieces(request: Request, stall: float) -> AsyncIterator[bytes]:
