@@ -90,10 +90,9 @@ def torchserve(
     }
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
     command += ["--ts-config", config, "--model-store", str(tree / "model-store")]
-    models = [f"{management}/models/{name}" for name in names]
 
     def ready() -> bool:
-        return all(map(_has_worker, models))
+        return all(_has_worker(f"{management}/models/{name}") for name in names)
 
     with _running("TorchServe", command, environment, ready, ready_timeout):
         yield url
@@ -178,13 +177,9 @@ def _running(
             start_new_session=True,
         )
         stack.callback(server.kill)  # should there be no guard
-        guard = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-c", _GUARD, str(server.pid), work],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-        )
+        watch = [sys.executable, "-c", _GUARD, str(server.pid), work]
+        guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        stack.enter_context(guard)  # waits for its end
         stack.callback(server.wait)  # or it stays in the group, which the guard sees
         if guard.stdin:
             stack.callback(guard.stdin.close)
@@ -209,10 +204,10 @@ def _get(url: str) -> requests.Response | None:
     """The answer if it is a good one; None while nobody listens, or not yet ready."""
     session = requests.Session()
     session.trust_env = False  # a proxy does not know this machine's loopback
+    answer = None
     with contextlib.suppress(requests.RequestException):
         answer = session.get(url, timeout=5)
-        return answer if answer.ok else None
-    return None
+    return answer or None  # false: not a good one
 
 
 def _has_worker(url: str) -> bool:
