@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -303,6 +304,16 @@ def test_a_device_that_cannot_be_had_is_one_line_and_no_server(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["predictor", *flags])
         with pytest.raises(SystemExit, match=f"^predictor: .*{reason}.*$"):
             main()
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_one_line_and_no_server(predicted, artefact):
+    port = predicted.rsplit(":", 1)[1]
+    flags = [f"--model_dir={artefact}", f"--http_port={port}", "--grpc_port=0"]
+    command = [sys.executable, "-m", "kserve_utils.predictor", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"predictor: cannot listen on 127.0.0.1:{port}\n" in ended.stderr
 
 
 def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_path):

@@ -112,7 +112,16 @@ class Server(ModelServer):
         web.config.host = self.args.host
         web.handle_exit = lambda *_: loop.call_soon_threadsafe(stop.set)
         listener = await self._start_grpc()
-        await asyncio.gather(*self.servers, self._drain(stop, web, listener))
+        await asyncio.gather(self._rest(listener), self._drain(stop, web, listener))
+
+    async def _rest(self, listener: Any) -> None:
+        (rest,) = self.servers
+        try:
+            await rest
+        except SystemExit as error:  # uvicorn has logged why
+            await listener.stop(None)
+            address = f"{self.args.host}:{self.args.http_port}"
+            raise OSError(f"cannot listen on {address}") from error
 
     async def _drain(self, stop: asyncio.Event, web: Any, listener: Any) -> None:
         """At the signal: not ready, and later the end of both servers at once."""
