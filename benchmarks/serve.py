@@ -294,9 +294,8 @@ def start_all(
         server = start(stack, torchserve(store, threads=threads))
         servers[f"TorchServe {workers} x {threads}"] = server
     for engine, precision in engines:
-        options = {"engine": engine, "precision": precision, "threads": 1}
-        options["arguments"] = ["--at_once", str(cores)]
-        server = start(stack, predictor(artefact, **options))
+        flags = {"engine": engine, "precision": precision, "at_once": cores}
+        server = start(stack, predictor(artefact, **flags))
         servers[f"{engine} {precision}"] = server
     return servers
 

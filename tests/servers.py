@@ -4,6 +4,7 @@ The requests are written out here byte by byte, without kserve_utils.client: wha
 server takes must not depend on who asks.
 """
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -18,11 +19,13 @@ import time
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import psutil
 import pytest
 import requests
 import torch
+from fastapi import FastAPI
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from PIL import Image
@@ -30,6 +33,9 @@ from serving import NAMES, checkpoint, decode, jpeg
 
 from kserve_utils import export
 from kserve_utils.artefact import write_artefact
+from kserve_utils.predictor.admission import Limits
+from kserve_utils.predictor.model import DetectorModel
+from kserve_utils.predictor.rest import add_routes
 from kserve_utils.servers import predictor, torchserve
 
 MODEL = "xview-fasterrcnn"
@@ -174,14 +180,14 @@ def held(url: str, body: dict, count: int):
 
 
 def queued(predicted: str, count: int) -> None:
-    """Wait until so many requests hold a place of a predictor."""
+    """Wait until so many requests are in the queue of a predictor."""
     wanted, end = f"{count}.0", time.monotonic() + 60
     while True:
         text = requests.get(f"{predicted}/metrics", timeout=60).text
         (found,) = re.findall(r"^predictor_queue_length (\S+)$", text, re.MULTILINE)
         if found == wanted:
             return
-        assert time.monotonic() < end, f"{found} requests hold a place"
+        assert time.monotonic() < end, f"{found} requests are queued"
         time.sleep(0.05)
 
 
@@ -279,3 +285,41 @@ def together(count: int, ask) -> list:
     for thread in threads:
         thread.join(180)
     return found
+
+
+class Double(torch.nn.Module):
+    """A test double of a detector: each pass calls `action`, then finds one box."""
+
+    def __init__(self, action=lambda: None) -> None:
+        super().__init__()
+        self.here, self.action = torch.nn.Parameter(torch.empty(0)), action
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict]:
+        self.action()
+        one = {"boxes": torch.ones(1, 4), "labels": torch.ones(1, dtype=torch.int64)}
+        return [{**one, "scores": torch.ones(1)} for _ in images]
+
+
+def double_model(action=lambda: None, **limits) -> DetectorModel:
+    """A predictor's model, ready, with a test double of a detector."""
+    meta = {"tile_size": 300, "overlap": 0.2, "max_pixels": 1 << 24}
+    meta |= {"score_threshold": 0.0, "class_names": ["background", "car"]}
+    model = DetectorModel(Double(action), meta, MODEL, Limits(**limits))
+    model.ready = True
+    return model
+
+
+def in_process(model: DetectorModel, ask):
+    """What `await ask(client)` gives of a predictor's own routes, without a server."""
+    app = FastAPI()
+    add_routes(app, model)
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://-") as one:
+            return await ask(one)
+
+    try:
+        return asyncio.run(run())
+    finally:
+        model.close()

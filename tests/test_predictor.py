@@ -2,14 +2,14 @@
 
 import ast
 import asyncio
-import base64
 import importlib.metadata
 import io
 import itertools
 import json
-import logging
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,8 @@ import pytest
 import requests
 import tifffile
 import torch
+import yaml
+from fastapi import FastAPI
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from PIL import Image
@@ -33,8 +35,10 @@ from servers import (
     boxes_grpc,
     boxes_v1,
     boxes_v2,
+    double_model,
     gone,
     grpc_request,
+    in_process,
     instance,
     listening,
     png,
@@ -47,14 +51,19 @@ from e2e_utils.predict import predict_image, predict_scene, to_geojson
 from kserve_utils.client import predict_remote
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
-from kserve_utils.predictor.model import Detector, Limits, Turns
-from kserve_utils.predictor.protocol import Job, parse_v1, parse_v2
+from kserve_utils.predictor.admission import Admission, Limits
+from kserve_utils.predictor.model import QueuedDetector
+from kserve_utils.predictor.pictures import check_scene, check_sides
+from kserve_utils.predictor.protocol import Job, parse_grpc, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
-from kserve_utils.predictor.rest import _all, _chunks, one_line
+from kserve_utils.predictor.rest import add_routes
+from kserve_utils.predictor.server import Server
 from kserve_utils.servers import predictor
 
 TILE = jpeg(300, 300, seed=3)
 FOLDER = ROOT / "kserve_utils" / "predictor"
+LONG = b"x" * 100_000
+FINE = {"scene": True, "score_threshold": 0.017}  # untrained scores are low
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +95,15 @@ def same(found: dict, local: dict) -> None:
         assert abs(found["scores"][nearest] - score) <= 1e-4
 
 
-def by_every_protocol(address: str) -> dict:
+def by_grpc(address: str, request) -> dict:
     with stub(address.grpc) as client:
-        one = boxes_grpc(client.ModelInfer(grpc_request(TILE), timeout=120))
-    return {
-        "v1": boxes_v1(ask_v1(address, instance(TILE)).json()),
-        "v2": boxes_v2(ask_v2(address, TILE).json()),
-        "grpc": one,
-    }
+        return boxes_grpc(client.ModelInfer(request, timeout=120))
+
+
+def by_every_protocol(address: str) -> list[dict]:
+    v1, v2 = ask_v1(address, instance(TILE)), ask_v2(address, TILE)
+    one = by_grpc(address, grpc_request(TILE))
+    return [boxes_v1(v1.json()), boxes_v2(v2.json()), one]
 
 
 @pytest.mark.slow
@@ -101,30 +111,25 @@ def test_the_boxes_are_those_of_torch_and_torchserve_by_every_protocol(
     predicted, torchserved, eager
 ):
     local = predict_image(eager, decode(TILE))
-    same(boxes_v1(ask_v1(torchserved, instance(TILE)).json()), local)
-    for found in by_every_protocol(predicted).values():
+    theirs = ask_v1(torchserved, instance(TILE)).json()
+    for found in [boxes_v1(theirs), *by_every_protocol(predicted)]:
         same(found, local)
+    ours = ask_v1(predicted, instance(TILE)).json()  # word for word
+    assert [list(row) for row in ours["predictions"][0]] == [
+        list(row) for row in theirs["predictions"][0]
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_so_are_those_of_the_other_engines(artefact, eager, engine):
     local = predict_image(eager, decode(TILE))
-    with predictor(artefact, engine=engine) as address:
-        for found in by_every_protocol(address).values():
+    with predictor(artefact, engine=engine, device="cpu") as address:
+        for found in by_every_protocol(address):
             same(found, local)
-    assert gone({address.pid})
-
-
-@pytest.mark.slow
-def test_v1_is_answered_word_for_word_as_torchserve_does(predicted, torchserved):
-    rows = [
-        ask_v1(url, instance(TILE)).json()["predictions"]
-        for url in (predicted, torchserved)
-    ]
-    assert [[list(row) for row in boxes] for boxes in rows[0]] == [
-        [list(row) for row in boxes] for boxes in rows[1]
-    ]
+        log = Path(psutil.Process(address.pid).environ()["TMPDIR"], "server.log")
+        assert f"{engine} computes in fp32 on cpu" in log.read_text()
+    assert gone({address.pid}) and not log.parent.exists()
 
 
 @pytest.mark.slow
@@ -141,15 +146,17 @@ def test_every_form_of_a_v2_picture_gives_the_same_boxes(predicted):
         answer = ask_v2(predicted, {"inputs": [tensor], "id": "42"}).json()
         assert answer["id"] == "42" and answer["model_name"] == MODEL
         same(boxes_v2(answer), binary)
-    contents = pb.ModelInferRequest(model_name=MODEL)
-    one = contents.inputs.add(name="image", datatype="BYTES", shape=[1])
+    forms = [pb.ModelInferRequest(model_name=MODEL) for _ in range(3)]
+    one = forms[0].inputs.add(name="image", datatype="BYTES", shape=[1])
     one.contents.bytes_contents.append(TILE)
-    raw = pb.ModelInferRequest(model_name=MODEL)
-    raw.inputs.add(name="image", datatype="UINT8", shape=pixels.shape)
-    raw.raw_input_contents.append(pixels.tobytes())
-    with stub(predicted.grpc) as client:
-        for request in (contents, raw):
-            same(boxes_grpc(client.ModelInfer(request, timeout=120)), binary)
+    one = forms[1].inputs.add(name="image", datatype="UINT8", shape=[len(TILE)])
+    one.contents.uint_contents.extend(TILE)
+    forms[2].inputs.add(name="image", datatype="UINT8", shape=pixels.shape)
+    forms[2].raw_input_contents.append(pixels.tobytes())
+    for request in forms:
+        same(by_grpc(predicted, request), binary)
+    forms[2].outputs.add(name="scores")
+    assert list(by_grpc(predicted, forms[2])) == ["scores"]
 
 
 @pytest.mark.slow
@@ -165,10 +172,8 @@ def test_the_clients_of_kserve_are_understood(predicted):
 
     found = asyncio.run(ask())
     same(found, boxes_v2(ask_v2(predicted, TILE).json()))
-    named = [NAMES[label] for label in found["labels"]]
-    assert [
-        name.decode() if isinstance(name, bytes) else name for name in found["names"]
-    ] == named
+    names = [n.decode() if isinstance(n, bytes) else n for n in found["names"]]
+    assert names == [NAMES[label] for label in found["labels"]]
 
 
 @pytest.mark.slow
@@ -179,19 +184,15 @@ def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
     pixels, content = decode(jpeg(500, 700, seed=5)), scene.read_bytes()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    parameters = {"scene": True, "score_threshold": 0.017}
     for form in (content, file.getvalue()):
-        same(boxes_v2(ask_v2(predicted, form, parameters=parameters).json()), local)
-    body = {**instance(content), "parameters": parameters}
-    answer = ask_v1(predicted, body).json()
+        same(boxes_v2(ask_v2(predicted, form, parameters=FINE).json()), local)
+    answer = ask_v1(predicted, {**instance(content), "parameters": FINE}).json()
     assert answer["scene"] is True
     same(boxes_v1(answer), local)
     for protocol in ("v1", "v2"):
-        options = {"protocol": protocol, "scene": True, "score_threshold": 0.017}
-        same(predict_remote(predicted, scene, **options), local)
+        same(predict_remote(predicted, scene, protocol=protocol, **FINE), local)
     request = grpc_request(content, scene=True, score_threshold="0.017")
-    with stub(predicted.grpc) as client:
-        same(boxes_grpc(client.ModelInfer(request, timeout=120)), local)
+    same(by_grpc(predicted, request), local)
     # more than tiles: a scene without the parameter is one large picture
     whole = boxes_v2(ask_v2(predicted, content).json())
     assert len(whole["scores"]) < len(local["scores"])
@@ -199,14 +200,11 @@ def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
 
 @pytest.mark.slow
 def test_a_scene_comes_as_geojson_too(predicted, scene):
-    parameters = {"scene": True, "score_threshold": 0.017, "geojson": True}
-    content = scene.read_bytes()
+    content, parameters = scene.read_bytes(), {**FINE, "geojson": True}
     answer = boxes_v2(ask_v2(predicted, content, parameters=parameters).json())
-    collection = json.loads(answer["geojson"][0])
-    found = {key: answer[key] for key in ("boxes_xyxy", "labels", "scores")}
-    expected = to_geojson(found, NAMES)["features"]
-    assert len(collection["features"]) == len(expected) > 10
-    assert collection["features"][0] == expected[0]
+    features = json.loads(answer.pop("geojson")[0])["features"]
+    expected = to_geojson(answer, NAMES)["features"]
+    assert len(features) == len(expected) > 10 and features[0] == expected[0]
     body = {**instance(content), "parameters": parameters}
     (first,) = ask_v1(predicted, body).json()["predictions"]
     assert first["type"] == "FeatureCollection"
@@ -218,50 +216,14 @@ def test_a_threshold_of_the_request_wins(predicted):
     cut = float(np.median(scores))
     fewer = ask_v2(predicted, TILE, parameters={"score_threshold": cut}).json()
     assert len(boxes_v2(fewer)["scores"]) == (scores >= cut).sum()
+    body = {**instance(TILE), "parameters": {"score_threshold": 1}}
+    assert ask_v1(predicted, body).json() == {"predictions": [[]]}
     none = ask_v2(predicted, TILE, parameters={"score_threshold": 1.0}).json()
     assert boxes_v2(none)["boxes_xyxy"].shape == (0, 4)
-    assert ask_v1(
-        predicted, {**instance(TILE), "parameters": {"score_threshold": 1}}
-    ).json() == {"predictions": [[]]}
-
-
-class Gated(torch.nn.Module):
-    """A stand-in for a detector whose pass takes until the test lets it end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.here = torch.nn.Parameter(torch.empty(0))
-        self.began, self.end = threading.Event(), threading.Event()
-
-    def forward(self, images: list[torch.Tensor]) -> list[dict]:
-        self.began.set()
-        assert self.end.wait(60)
-        none = {"boxes": torch.empty(0, 4), "scores": torch.empty(0)}
-        return [{**none, "labels": torch.empty(0, dtype=torch.int64)} for _ in images]
-
-
-@pytest.mark.parametrize("scene", [False, True])
-def test_health_answers_while_a_pass_is_under_way(scene):
-    gated, names = Gated(), ["background", "car"]
-    meta = {"tile_size": 8, "overlap": 0.2, "max_pixels": 64, "class_names": names}
-    detector = Detector(gated, {**meta, "score_threshold": 0.0}, MODEL, Limits())
-    detector.ready = True
-    job = Job("v2", [np.zeros((8, 8, 3), np.uint8)], scene=scene)
-
-    async def ask() -> None:
-        under_way = asyncio.create_task(detector.predict(job))
-        assert await asyncio.to_thread(gated.began.wait, 60)
-        assert await detector.healthy() and not under_way.done()
-        gated.end.set()
-        await under_way
-
-    asyncio.run(ask())
-    assert len(job.found) == 1
-    detector.close()
 
 
 @pytest.mark.slow
-def test_metrics_count_requests_pictures_and_refusals(predicted):
+def test_metrics_and_a_line_of_the_log_count_what_was_refused(predicted):
     def value(name: str) -> float:
         text = requests.get(f"{predicted}/metrics", timeout=60).text
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -273,26 +235,19 @@ def test_metrics_count_requests_pictures_and_refusals(predicted):
         'predictor_pictures_total{kind="tile"}',
         'predictor_latency_seconds_count{kind="tile",protocol="v1"}',
     )
-    before = [value(name) for name in names]
+    log = Path(psutil.Process(predicted.pid).environ()["TMPDIR"], "server.log")
+    text, before = log.read_text(), [value(name) for name in names]
     body = {"instances": instance(TILE)["instances"] * 3}
     assert len(ask_v1(predicted, body).json()["predictions"]) == 3
-    assert ask_v2(predicted, b"no picture").status_code == 400
+    assert ask_v2(predicted, bytes(10_000)).status_code == 400
+    assert requests.get(f"{predicted}/v1/models/nope", timeout=60).status_code == 404
     assert [value(n) - b for n, b in zip(names, before, strict=True)] == [1, 1, 3, 1]
     assert value("predictor_queue_length") == 0
-
-
-@pytest.mark.slow
-def test_the_log_has_one_line_for_a_failure_and_nothing_of_the_picture(predicted):
-    log = Path(psutil.Process(predicted.pid).environ()["TMPDIR"], "server.log")
-    before = log.read_text()
-    noise = base64.b64encode(np.random.default_rng(0).bytes(10_000)).decode()
-    assert ask_v1(predicted, {"instances": [{"data": noise}]}).status_code == 400
-    assert requests.get(f"{predicted}/v1/models/nope", timeout=60).status_code == 404
-    assert ask_v2(predicted, TILE).status_code == 200
-    lines = log.read_text().removeprefix(before).splitlines()
-    assert len(lines) == 2
-    assert "v1 400 instance 0: 10000 bytes that are not a picture" in lines[0]
-    assert "nope" in lines[1]
+    ours, kserves = log.read_text().removeprefix(text).splitlines()
+    assert ours.endswith(
+        "v2 400 input image: 10000 bytes that are not a picture (JPEG, PNG or TIFF)"
+    )
+    assert re.search(r"ModelNotFound: .* nope .*\(/.*\.py:\d+\)$", kserves)
 
 
 @pytest.mark.slow
@@ -301,11 +256,10 @@ def test_the_model_stays_whoever_asks_to_unload_it(predicted):
         url = f"{predicted}/v2/repository/models/{MODEL}/{verb}"
         answer = requests.post(url, timeout=60)
         assert answer.status_code == 403 and "keeps the model" in answer.text
+    request = pb.RepositoryModelUnloadRequest(model_name=MODEL)
     with stub(predicted.grpc) as client:
         with pytest.raises(grpc.RpcError) as error:
-            client.RepositoryModelUnload(
-                pb.RepositoryModelUnloadRequest(model_name=MODEL), timeout=60
-            )
+            client.RepositoryModelUnload(request, timeout=60)
         assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
         assert client.ModelReady(pb.ModelReadyRequest(name=MODEL), timeout=60).ready
     assert ask_v2(predicted, TILE).status_code == 200
@@ -313,191 +267,10 @@ def test_the_model_stays_whoever_asks_to_unload_it(predicted):
 
 @pytest.mark.slow
 def test_it_listens_on_loopback_alone_and_is_one_process(predicted):
-    process = psutil.Process(predicted.pid)
-    assert process.children() == []
+    assert psutil.Process(predicted.pid).children() == []
     mine = [address for pid, address in listening() if pid == predicted.pid]
     assert {address.ip for address in mine} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert len(mine) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (("--engine", "torch", "--device", "cuda"), "device 'cuda', but torch"),
-        (("--engine", "torch", "--device", "gpu"), "no device 'gpu'; valid: cpu, cuda"),
-        (
-            ("--engine", "openvino", "--device", "cuda"),
-            "openvino runs on the CPU alone",
-        ),
-    ],
-)
-def test_a_device_that_cannot_be_had_is_one_line_and_no_server(
-    tmp_path, arguments, reason, monkeypatch
-):
-    absent = ["--model_dir", str(tmp_path / "absent")]
-    monkeypatch.setattr(sys, "argv", ["predictor", *arguments, *absent])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets both
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    (line,) = str(ended.value).splitlines()
-    assert line.startswith("predictor: ") and reason in line
-
-
-@pytest.mark.slow
-def test_the_log_tells_where_it_computes(artefact):
-    with predictor(artefact, engine="torch", device="cpu") as address:
-        log = Path(psutil.Process(address.pid).environ()["TMPDIR"], "server.log")
-        assert "torch computes in fp32 on cpu" in log.read_text()
-
-
-def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no artefact at .*absent"):
-        with predictor(tmp_path / "absent"):
-            pass
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"", "the body is empty"),
-        (b"not json", "not JSON"),
-        (b"[]", 'no "instances"'),
-        (b'{"instances": []}', 'no "instances"'),
-        (b'{"instances": [{"image": "x"}]}', 'instance 0: needs the key "data"'),
-        (b'{"instances": [{"data": 3}]}', "instance 0: data must be text"),
-        (b'{"instances": [{"data": "%%%"}]}', "instance 0: data is not base64"),
-        (b'{"instances": [{"data": "QQ=="}, {"data": "QQ=="}, 1, 2]}', "at most 3"),
-        (b'{"instances": [1], "parameters": {"sceen": true}}', "no parameter sceen"),
-        (b'{"instances": [1], "parameters": {"scene": 1}}', "scene is 1"),
-        (b'{"instances": [1], "parameters": {"score_threshold": 2}}', "in 0..1"),
-        (b'{"instances": [1, 2], "parameters": {"scene": true}}', "comes alone"),
-        (b"[" + b"{}," * 1_000_000 + b"{}]", "1000002 objects, lists and texts"),
-    ],
-)
-def test_a_v1_body_that_is_wrong_says_what_is(body, reason):
-    with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
-        parse_v1(body, max_pictures=3)
-    assert refusal.value.status == 400
-
-
-def tensor(**fields) -> dict:
-    one = {"name": "image", "datatype": "UINT8", "shape": [3], "data": [1, 2, 3]}
-    return {"inputs": [{**one, **fields}]}
-
-
-@pytest.mark.parametrize(
-    ("head", "rest", "reason"),
-    [
-        ([], None, 'no "inputs"'),
-        ({"inputs": []}, None, "one tensor"),
-        (tensor(name="picture"), None, 'the name "image"'),
-        (tensor(shape=[4]), None, "is 4 bytes, 3 are there"),
-        (tensor(shape=["3"]), None, "has the shape"),
-        (tensor(data=[1, 2, 300]), None, "0..255"),
-        (tensor(data=[1, [2], 3]), None, "not a list of numbers"),
-        (tensor(data=[1.5, 2, 3]), None, "0..255"),
-        (tensor(data=None), None, 'no "data"'),
-        (tensor(datatype="FP32"), None, "input image is FP32 [3]"),
-        (tensor(shape=[1, 1, 4], data=[1, 2, 3, 4]), None, "[height, width, 3]"),
-        (tensor(datatype="BYTES", shape=[1], data=["%"]), None, "not base64"),
-        (tensor(data=None), b"abc", "binary_data_size is None, 3 bytes follow"),
-        (tensor(parameters=[1]), b"abc", "binary_data_size is None, 3 bytes follow"),
-        (
-            tensor(datatype="BYTES", shape=[1], parameters={"binary_data_size": 5}),
-            b"\x09\0\0\0a",
-            "its length, 9; 1 follow",
-        ),
-        ({**tensor(), "outputs": [{"name": "masks"}]}, None, "no output 'masks'"),
-        ({**tensor(), "outputs": 3}, None, '"outputs" must be'),
-    ],
-)
-def test_a_v2_request_that_is_wrong_says_what_is(head, rest, reason):
-    with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
-        parse_v2(head, rest)
-    assert refusal.value.status == 400
-
-
-class Upload:
-    """A stand-in for a request whose body comes in these pieces."""
-
-    def __init__(self, *pieces: bytes, pause: float = 0) -> None:
-        self.pieces, self.pause = pieces, pause
-
-    async def stream(self):
-        for piece in self.pieces:
-            await asyncio.sleep(self.pause)
-            yield piece
-
-
-def read(upload: Upload, declared: int, stall: float = 30) -> bytes:
-    return asyncio.run(_all(_chunks(upload, declared, most=10, stall=stall)))
-
-
-def test_a_body_is_measured_while_it_comes_whatever_it_declared(monkeypatch):
-    assert read(Upload(b"12345", b"67890"), 10) == b"1234567890"
-    for declared in (0, 3, 11):
-        with pytest.raises(Refusal, match="larger than 10 bytes") as refusal:
-            read(Upload(b"12345", b"678901"), declared)
-        assert refusal.value.status == 413
-    with pytest.raises(Refusal, match="no byte of the body for 0.2 s") as refusal:
-        read(Upload(b"12345", pause=60), 5, stall=0.2)
-    assert refusal.value.status == 408
-    clock = itertools.count(step=10)  # a stand-in: 10 s from one look to the next
-    monkeypatch.setattr(rest, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with pytest.raises(Refusal, match="body took more than 60 s") as refusal:
-        read(Upload(*[b"1"] * 10), 10)
-    assert refusal.value.status == 408
-
-
-def test_the_queue_is_bounded_and_says_when_to_ask_again():
-    meta = {"tile_size": 8, "max_pixels": 64, "score_threshold": 0.0}
-    detector = Detector(torch.nn.Identity(), meta, MODEL, Limits(queue=2, scenes=1))
-    with detector.place(), detector.place():
-        with pytest.raises(Refusal, match="2 requests wait already") as refusal:
-            with detector.place():
-                pass
-    assert refusal.value.status == 429
-    assert 1 <= int(refusal.value.headers["retry-after"]) <= 30
-    assert refusal.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    with detector.place(), detector.scene_file() as path:
-        assert path.is_file()
-        with pytest.raises(Refusal, match="1 scenes wait already"):
-            with detector.scene_file():
-                pass
-    assert not path.exists() and detector.waiting == detector.scenes == 0
-    detector.close()
-
-
-def a_detector() -> Detector:
-    meta = {"tile_size": 8, "max_pixels": 64, "score_threshold": 0.0}
-    return Detector(torch.nn.Identity(), meta, MODEL, Limits())
-
-
-def test_scenes_of_a_server_that_was_killed_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    kept = a_detector()  # what runs keeps its own: a process of another number
-    other = Path(kept._folder.name).rename(
-        tmp_path / f"predictor-scenes-{psutil.Process().ppid()}-x"
-    )
-    for name in (f"predictor-scenes-{os.getpid()}-a", "predictor-scenes-999999999-b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "scene").write_text("left")
-    detector = a_detector()
-    own = Path(detector._folder.name)
-    assert {path.name for path in tmp_path.iterdir()} == {own.name, other.name}
-    detector.close()
-    assert not own.exists()
-
-
-def test_a_scene_of_one_long_row_is_refused_in_raw_pixels_too():
-    detector = a_detector()
-    job = Job("v2", [np.zeros((1, 100_001, 3), np.uint8)], scene=True)
-    with pytest.raises(Refusal, match="a side is at most 100000"):
-        asyncio.run(detector.predict(job))
-    assert job.pictures == []  # nothing is held for a job that ended
-    detector.close()
 
 
 @pytest.mark.slow
@@ -512,60 +285,323 @@ def test_a_message_that_is_none_is_refused(predicted):
             with pytest.raises(grpc.RpcError) as error:
                 ask(message, timeout=60)
             assert error.value.code() == code
+    request = grpc_request(TILE)
+    request.raw_input_contents.append(b"")
+    with pytest.raises(grpc.RpcError, match="does not match the expected number"):
+        by_grpc(predicted, request)
     assert requests.get(f"{predicted}/v2/health/ready", timeout=60).ok
 
 
+def test_a_device_that_cannot_be_had_is_one_line_and_no_server(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets both
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    for engine, device, reason in (
+        ("torch", "cuda", "device 'cuda', but torch"),
+        ("openvino", "cuda", "openvino runs on the CPU alone"),
+    ):
+        flags = ["--engine", engine, "--device", device, "--model_dir", "absent"]
+        monkeypatch.setattr(sys, "argv", ["predictor", *flags])
+        with pytest.raises(SystemExit, match=f"^predictor: .*{reason}.*$"):
+            main()
+
+
 @pytest.mark.slow
-def test_a_header_that_is_no_number_is_refused(predicted):
-    for value in ("x", "\u00b2", "-1"):
-        headers = {"Inference-Header-Content-Length": value.encode("latin-1")}
-        url = f"{predicted}/v2/models/{MODEL}/infer"
-        answer = requests.post(url, data=b"{}", headers=headers, timeout=60)
-        assert answer.status_code == 400, answer.text
+def test_a_port_that_is_taken_is_one_line_and_no_server(predicted, artefact):
+    port = predicted.rsplit(":", 1)[1]
+    flags = [f"--model_dir={artefact}", f"--http_port={port}", "--grpc_port=0"]
+    command = [sys.executable, "-m", "kserve_utils.predictor", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"predictor: cannot listen on 127.0.0.1:{port}\n" in ended.stderr
+
+
+def test_an_artefact_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no artefact at .*absent"):
+        with predictor(tmp_path / "absent"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"[]", 'no "instances"'),
+        (b'{"instances": []}', 'no "instances"'),
+        (b'{"instances": [{"data": 3}]}', "instance 0: data must be text"),
+        (b'{"instances": [{"data": "QQ=="}, {"data": "QQ=="}, 1, 2]}', "at most 3"),
+        (b'{"instances": [1], "parameters": []}', "must be an object"),
+        (b'{"instances": [1], "parameters": {"sceen": true}}', "no parameter sceen"),
+        (b'{"instances": [1], "parameters": {"scene": 1}}', "scene is 1"),
+        (b'{"instances": [1], "parameters": {"scene": "%s"}}' % LONG, "scene is 'xx"),
+        (b'{"instances": [1], "parameters": {"score_threshold": 2}}', "in 0..1"),
+        (b'{"instances": [1], "parameters": {"score_threshold": false}}', "in 0..1"),
+        (b'{"instances": [1], "parameters": {"score_threshold": "x"}}', "in 0..1"),
+        (b'{"instances": [1, 2], "parameters": {"scene": true}}', "comes alone"),
+        (b"[" + b"{}," * 1_000_000 + b"{}]", "1000002 objects, lists and texts"),
+    ],
+)
+def test_a_v1_body_that_is_wrong_says_what_is(body, reason):
+    with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
+        parse_v1(Job("v1"), body, max_pictures=3)
+    assert refusal.value.status == 400 and len(str(refusal.value)) <= 1000
+
+
+def tensor(**fields) -> dict:
+    one = {"name": "image", "datatype": "UINT8", "shape": [3], "data": [1, 2, 3]}
+    return {"inputs": [{**one, **fields}]}
+
+
+TEXT = {"datatype": "BYTES", "shape": [1]}
+SIZE_5 = {"parameters": {"binary_data_size": 5}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "rest", "reason"),
+    [
+        ([], None, 'no "inputs"'),
+        ({"inputs": []}, None, "one tensor"),
+        (tensor(name="picture"), None, 'the name "image"'),
+        (tensor(shape=[4]), None, "is 4 bytes, 3 are there"),
+        (tensor(shape=["3"]), None, "has the shape"),
+        (tensor(data=[1, 2, 300]), None, "0..255"),
+        (tensor(data=[1, [2], 3]), None, "not a list of numbers"),
+        (tensor(data=[1.5, 2, 3]), None, "0..255"),
+        (tensor(data=None), None, 'no "data"'),
+        (tensor(datatype="FP32"), None, "input image is FP32 [3]"),
+        (tensor(shape=[1, 1, 4], data=[1, 2, 3, 4]), None, "[height, width, 3]"),
+        (tensor(**TEXT, data=["%"]), None, "not base64"),
+        (tensor(**TEXT, data=[3]), None, "a list of one text"),
+        (tensor(data=None), b"abc", "binary_data_size is None, 3 bytes follow"),
+        (tensor(parameters=[1]), b"abc", "binary_data_size is None, 3 bytes follow"),
+        (tensor(**TEXT, **SIZE_5), b"\x09\0\0\0a", "its length, 9; 1 follow"),
+        ({**tensor(), "outputs": [{"name": "masks"}]}, None, "no output 'masks'"),
+        ({**tensor(), "outputs": 3}, None, '"outputs" must be'),
+        (
+            {**tensor(), "outputs": [{"name": "scores", "parameters": "x"}]},
+            None,
+            '"outputs" must be',
+        ),
+    ],
+)
+def test_a_v2_request_that_is_wrong_says_what_is(fields, rest, reason):
+    with pytest.raises(Refusal, match=re.escape(reason)) as refusal:
+        parse_v2(Job("v2"), fields, rest)
+    assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 0), (2, 0), (1, 11)])
+def test_a_grpc_request_of_many_tensors_is_refused_by_their_number(inputs, outputs):
+    request = pb.ModelInferRequest(
+        inputs=[{"name": "image"}] * inputs, outputs=[{"name": "scores"}] * outputs
+    )
+    with pytest.raises(Refusal, match=f"{inputs} inputs for {outputs} outputs"):
+        parse_grpc(Job("grpc"), request)
+
+
+URL, V2_URL = f"/v1/models/{MODEL}:predict", f"/v2/models/{MODEL}/infer"
+
+
+@pytest.mark.parametrize("scene", [False, True])
+def test_a_pass_under_way_leaves_health_free_and_a_lost_caller_no_slot(scene):
+    began, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        assert end.wait(60)
+
+    model, app, sent = double_model(hold), FastAPI(), []
+    add_routes(app, model)
+    body = json.dumps({**instance(TILE), "parameters": {"scene": scene}}).encode()
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict:
+        if messages:
+            return messages.pop()
+        assert await asyncio.to_thread(began.wait, 60)
+        assert await model.healthy() and model.admission.in_flight == 1
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    request = {"type": "http", "method": "POST", "path": URL, "query_string": b""}
+    asyncio.run(app({**request, "headers": []}, receive, send))
+    assert sent[0]["status"] == 499 and not end.is_set()
+    assert model.admission.in_flight == model.admission.scenes == 0
+    end.set()
+    model.close()
+
+
+async def slowly(*pieces: bytes, pause: float = 0):
+    for piece in pieces:
+        await asyncio.sleep(pause)
+        yield piece
+
+
+def post(content, headers: dict | None = None, url: str = URL, **limits):
+    """The answer of a route; a body in pieces declares no length."""
+    options = {"content": content, "headers": headers}
+    return in_process(double_model(**limits), lambda one: one.post(url, **options))
+
+
+def test_a_body_is_counted_and_timed_while_it_comes(monkeypatch):
+    answer = post(slowly(b"12345", b"67890"), request=10)
+    assert answer.status_code == 400 and "the request has no" in answer.text
+    for content, headers in (
+        (slowly(b"12345", b"678901"), {}),
+        (slowly(b"12345", b"678901"), {"content-length": "3"}),
+        (b"1", {"content-length": "11"}),
+    ):
+        answer = post(content, headers, request=10)
+        assert answer.status_code == 413 and "larger than 10 bytes" in answer.text
+    answer = post(slowly(b"12345", pause=60), stall=0.2)
+    assert answer.status_code == 408 and "no byte of the body for 0.2 s" in answer.text
+    clock = itertools.count(step=10)  # a stand-in: 10 s from one look to the next
+    monkeypatch.setattr(rest, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    answer = post(slowly(*[b"1"] * 10), request=10)
+    assert answer.status_code == 408 and "more than 40 s" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("scene", "size", "status"),  # 400: the body was taken, and is no picture
+    [(False, 100, 400), (False, 700, 413), (True, 700, 400), (True, 1001, 413)],
+)
+@pytest.mark.parametrize("declared", [False, True])
+def test_the_binary_form_may_be_as_large_as_what_it_asks_for(
+    scene, size, status, declared
+):
+    one = {"name": "image", "datatype": "UINT8", "shape": [size]}
+    one["parameters"] = {"binary_data_size": size}
+    head = json.dumps({"inputs": [one], "parameters": {"scene": scene}}).encode()
+    body = head + bytes(size)
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    pieces = body if declared else slowly(body[:50], body[50:300], body[300:])
+    answer = post(pieces, headers, V2_URL, request=500, scene=1000)
+    assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize("value", [b"x", b"\xb2", b"-1", b"9999999"])
+def test_a_length_of_the_json_that_is_no_length_is_refused(value):
+    headers = {"Inference-Header-Content-Length": value}
+    assert post(b"{}", headers, V2_URL).status_code == 400
+
+
+def test_what_no_route_of_pictures_takes_is_kept_small():
+    assert post(bytes(1 << 16), url="/elsewhere").status_code == 404
+    assert post(bytes((1 << 16) + 1), url="/elsewhere").status_code == 413
+
+
+def test_the_queue_is_bounded_and_says_when_to_ask_again():
+    admission = Admission(Limits(queue=2, scenes=1))
+    with admission.admit("v1"), admission.admit("v2") as job:
+        with pytest.raises(Refusal, match="2 requests wait already") as refusal:
+            with admission.admit("grpc"):
+                pass
+        path = job.files.enter_context(admission.scene_file())
+        assert path.is_file()
+        with pytest.raises(Refusal, match="1 scenes wait already"):
+            with admission.scene_file():
+                pass
+    assert refusal.value.status == 429
+    assert 1 <= int(refusal.value.headers["retry-after"]) <= 30
+    assert refusal.value.status_code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not path.exists() and admission.in_flight == admission.scenes == 0
+    admission.close()
+
+
+def test_an_error_of_the_server_says_nothing_of_itself():
+    model = double_model(lambda: {}["secret"])
+    answer = in_process(model, lambda client: client.post(URL, json=instance(TILE)))
+    assert answer.status_code == 500 and model.admission.in_flight == 0
+    assert answer.json() == {"error": "internal error, see the server's log"}
+
+
+def test_scenes_of_a_server_that_was_killed_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept = f"predictor-scenes-{psutil.Process().ppid()}-x"  # of one that runs
+    for name in (f"predictor-scenes-{os.getpid()}-a", "predictor-scenes-999999999-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scene").write_text("left")
+    (tmp_path / kept).mkdir()
+    admission = Admission(Limits())
+    names = {path.name for path in tmp_path.iterdir()}
+    assert kept in names and len(names) == 2 and not list(tmp_path.glob("*/scene"))
+    admission.close()
+    assert {path.name for path in tmp_path.iterdir()} == {kept}
 
 
 def test_a_job_that_nobody_waits_for_takes_no_turn():
     cancelled = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        turns = Turns(torch.nn.Identity(), thread, cancelled)
-        assert turns([1]) == [1]
+    with ThreadPoolExecutor(1) as executor:
+        detector = QueuedDetector(torch.nn.Identity(), executor, cancelled)
+        assert detector([1]) == [1]
         cancelled.set()
         with pytest.raises(Refusal) as refusal:
-            turns([1])
+            detector([1])
     assert refusal.value.status == 499
 
 
-def test_the_log_says_one_line_of_an_error_and_where_it_was():
-    try:
-        raise KeyError("a\nb")
-    except KeyError as error:
-        told = type(error), error, error.__traceback__
-    line = logging.LogRecord("kserve", 40, "", 1, "v1 500", (), told)
-    assert one_line(line) and line.exc_info is None
-    said = line.getMessage()
-    assert "\n" not in said and said.startswith("v1 500 KeyError")
-    assert "test_predictor.py:" in said
+def test_rest_and_grpc_share_one_grace_period_after_the_drain_delay(monkeypatch):
+    """The end of REST waits for gRPC's here: one after the other would never end."""
+    waits, stopped = [], asyncio.Event()
+    web = SimpleNamespace(config=SimpleNamespace(), should_exit=False)
+
+    async def sleep(seconds: float) -> None:
+        waits.append((seconds, web.should_exit))
+
+    async def stop(grace: float) -> None:
+        waits.append((grace, web.should_exit))
+        stopped.set()
+
+    async def start_grpc() -> SimpleNamespace:
+        return SimpleNamespace(stop=stop)
+
+    async def serve_rest() -> None:
+        web.handle_exit(signal.SIGTERM, None)
+        await stopped.wait()
+
+    model = double_model()
+    server = Server(model, parse(["--drain_delay=3", "--grace_period=30"]))
+    server._rest_server = SimpleNamespace(_server=web)
+    server._start_grpc, server.servers = start_grpc, [serve_rest()]
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(asyncio.wait_for(server._serve(), 60))
+    assert waits == [(3, False), (30, True)] and server.grace_period == 30
+    assert model.draining and web.config.host == "127.0.0.1"
+    model.close()
 
 
-def test_the_names_of_kserves_own_arguments_are_kept():
+def test_the_command_line_has_kserves_names_and_listens_on_loopback():
     given = parse(["--http_port", "1", "--grpc_port", "2", "--model_name", "m"])
     assert (given.http_port, given.grpc_port, given.model_name) == (1, 2, "m")
     defaults = parse([])
     assert (defaults.http_port, defaults.grpc_port) == (8080, 8081)
     assert defaults.model_dir == "/mnt/models" and defaults.precision == "fp32"
-    assert defaults.threads >= 1
+    assert defaults.threads >= 1 and defaults.host == "127.0.0.1"
+
+
+def test_the_image_and_the_manifests_listen_on_every_address_of_the_pod():
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", container(), re.MULTILINE)
+    *program, host = json.loads(entry)
+    assert program == ["python", "-m", "kserve_utils.predictor"]
+    assert parse([host]).host == "0.0.0.0"
+    folder = ROOT / "k8s_files"
+    runtime, cpu = yaml.safe_load_all((folder / "xview-predictor.yaml").read_text())
+    gpu = yaml.safe_load((folder / "xview-predictor-gpu.yaml").read_text())
+    (one,) = runtime["spec"]["containers"]
+    for service in (cpu, gpu):  # KServe appends their arguments to the runtime's
+        added = service["spec"]["predictor"]["model"].get("args", [])
+        assert parse(one["args"] + added).host == "0.0.0.0"
 
 
 def container() -> str:
     return (FOLDER / "Containerfile").read_text()
 
 
-def test_the_container_runs_as_nobody_and_starts_this_module():
+def test_the_container_runs_as_nobody_and_holds_what_it_copies():
     text = container()
     user = re.findall(r"^USER (\S+)$", text, re.MULTILINE)
     assert user and all(re.fullmatch(r"[1-9]\d*:[1-9]\d*", one) for one in user)
-    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
-    assert json.loads(entry) == ["python", "-m", "kserve_utils.predictor"]
     assert (FOLDER / "__main__.py").is_file()
     for source in re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE):
         assert (ROOT / source).exists()
@@ -610,23 +646,17 @@ def imports(path) -> set[str]:
     return names
 
 
-def test_pictures_are_refused_by_their_header(tmp_path):
-    from kserve_utils.predictor.pictures import check_picture, check_scene
-
-    with pytest.raises(Refusal, match="mode I;16: send 8 bits"):
-        check_picture(png("I;16", 8, 8), 100, "instance 0")
-    with pytest.raises(Refusal, match="9 x 12 pixels, at most 100"):
-        check_picture(png("L", 9, 12), 100, "instance 0")
-    large = tmp_path / "large.png"
-    large.write_bytes(png("RGB", 9, 12))
+def test_a_scene_is_refused_by_its_header_unless_it_is_read_by_windows(tmp_path):
+    pixels, path = np.zeros((9, 12, 3), np.uint8), tmp_path / "scene"
+    tifffile.imwrite(path, pixels)
+    check_scene(path, 100)  # by windows
+    tifffile.imwrite(path, pixels, compression="zlib")
+    with pytest.raises(Refusal, match="12 x 9 pixels, at most 100 are decoded"):
+        check_scene(path, 100)
+    path.write_bytes(png("RGB", 9, 12))
     with pytest.raises(Refusal, match="decoded whole: send it as an uncompressed"):
-        check_scene(large, 100)
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 12, 3), np.uint8))
-    assert check_scene(tmp_path / "a.tif", 100) == (9, 12)  # by windows
-    zipped = tmp_path / "b.tif"
-    tifffile.imwrite(zipped, np.zeros((9, 12, 3), np.uint8), compression="zlib")
-    with pytest.raises(Refusal, match="at most 100 are decoded"):
-        check_scene(zipped, 100)
-    (tmp_path / "c").write_bytes(b"hello")
-    with pytest.raises(Refusal, match="^scene: 5 bytes that are no TIFF"):
-        check_scene(tmp_path / "c", 100)
+        check_scene(path, 100)
+    tifffile.imwrite(path, np.zeros((1, 100_001, 3), np.uint8))
+    for check in (lambda: check_scene(path, 100), lambda: check_sides(1, 100_001)):
+        with pytest.raises(Refusal, match="a side is at most 100000"):
+            check()

@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     add("--threads", type=int, default=cores(), help="of a forward pass")
     add("--at_once", type=int, default=1, help="forward passes at the same time")
-    add("--host", default="0.0.0.0", help="address to listen on")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 in a pod")
     add("--http_port", type=int, default=8080)
     add("--grpc_port", type=int, default=8081)
     add("--max_queue", type=int, default=16, help="requests that wait or run")
@@ -69,7 +69,7 @@ def main() -> None:
     from PIL import Image
 
     from ..engines import load_engine
-    from .model import Detector, Limits
+    from .model import DetectorModel, Limits
     from .server import Server
 
     Image.MAX_IMAGE_PIXELS = None  # the limits below, by the header
@@ -92,27 +92,15 @@ def main() -> None:
             at_once=args.at_once,
         )
         name = args.model_name or meta["model_name"]
-        model = Detector(detector, meta, name, limits, args.at_once)
+        model = DetectorModel(detector, meta, name, limits, args.at_once)
         model.load()
+        server = Server(model, args)  # from here on there is a log
+        used = (args.engine, args.precision, meta["device"])
+        logger.info("%s computes in %s on %s", *used)
+        server.start([model])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"predictor: {' '.join(str(error).split())}")
-    server = Server(
-        model,
-        host=args.host,
-        http_port=args.http_port,
-        grpc_port=args.grpc_port,
-        drain_delay=args.drain_delay,
-        grace_period=args.grace_period,
-    )
-    used = (args.engine, args.precision, meta["device"])
-    logger.info("%s computes in %s on %s", *used)
-    try:
-        server.start([model])
-    except (OSError, RuntimeError) as error:  # a port in use
-        sys.exit(f"predictor: {' '.join(str(error).split())}")
-    finally:
-        busy = model.close()
-    if busy:  # a forward pass cannot be interrupted, and its thread would be waited for
+    if model.close():  # a forward pass cannot be interrupted, and would be waited for
         os._exit(0)
 
 

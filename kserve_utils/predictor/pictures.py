@@ -21,14 +21,8 @@ from .refusal import bad
 FORMATS = ("JPEG", "PNG", "TIFF")  # whose header is read without decoding pixels
 MAX_SIDE = 100_000  # a scene of 1 x 2,000,000,000 px would be millions of tiles
 
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError)
+_UNREADABLE += (struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def check_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
@@ -45,9 +39,8 @@ def check_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except _UNREADABLE as error:
-        raise bad(
-            f"{where}: {len(content)} bytes that are not a picture (JPEG, PNG or TIFF)"
-        ) from error
+        reason = f"{len(content)} bytes that are not a picture (JPEG, PNG or TIFF)"
+        raise bad(f"{where}: {reason}") from error
     width, height = picture.size
     if width * height > max_pixels:
         raise bad(
@@ -68,8 +61,8 @@ def decode(content: bytes, max_pixels: int, where: str) -> np.ndarray:
         raise bad(f"{where}: the picture is damaged or cut short: {error}") from error
 
 
-def check_scene(path: Path, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a scene's file, read from its header.
+def check_scene(path: Path, max_pixels: int) -> None:
+    """Read the header of a scene's file, none of its pixels.
 
     Args:
         path: a TIFF, PNG or JPEG.
@@ -80,39 +73,40 @@ def check_scene(path: Path, max_pixels: int) -> tuple[int, int]:
         Refusal: 400, not a scene, or too large; never with the path.
     """
     try:
-        with open(path, "rb") as file:
-            tiff = file.read(4).startswith(TIFF_MAGIC)
-        if tiff:
-            height, width = read_bands(path, header_only=True)
-        else:
-            with Image.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
-        windows = tiff and _by_windows(path)
+        height, width, windows = _scene_header(path)
     except _UNREADABLE as error:
-        raise bad(f"scene: {_without(path, error)}") from error
-    if max(height, width) > MAX_SIDE:
-        raise bad(f"scene: {width} x {height} pixels, a side is at most {MAX_SIDE}")
+        raise scene_error(path, error) from error
+    check_sides(height, width)
     if not windows and height * width > max_pixels:
         raise bad(
             f"scene: {width} x {height} pixels, at most {max_pixels} are decoded "
             "whole: send it as an uncompressed TIFF, which is read by windows"
         )
-    return height, width
 
 
-def _by_windows(path: Path) -> bool:
-    with tifffile.TiffFile(path) as tiff:
-        page: Any = tiff.pages[0]  # a TiffPage: the first always is
+def check_sides(height: int, width: int) -> None:
+    """Raises a Refusal, 400, if a scene has a side above `MAX_SIDE`."""
+    if max(height, width) > MAX_SIDE:
+        raise bad(f"scene: {width} x {height} pixels, a side is at most {MAX_SIDE}")
+
+
+def _scene_header(path: Path) -> tuple[int, int, bool]:
+    """Height, width, and whether it is read by windows."""
+    with open(path, "rb") as file:
+        tiff = file.read(4).startswith(TIFF_MAGIC)
+    if not tiff:
+        with Image.open(path, formats=FORMATS) as picture:
+            return picture.height, picture.width, False
+    height, width = read_bands(path, header_only=True)
+    with tifffile.TiffFile(path) as pages:
+        page: Any = pages.pages[0]  # a TiffPage: the first always is
         bands_first = page.ndim == 3 and page.planarconfig == 2
-        return page.is_memmappable and not bands_first
+        return height, width, page.is_memmappable and not bands_first
 
 
 def scene_error(path: Path, error: Exception) -> Exception:
     """What a scene that cannot be read is refused with: 400, without its path."""
-    return bad(f"scene: {_without(path, error)}")
-
-
-def _without(path: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"{path.stat().st_size} bytes that are no TIFF, PNG or JPEG"
-    return str(error).replace(f"{path}: ", "").replace(f"'{path}'", "the file")
+        return bad(f"scene: {path.stat().st_size} bytes that are no TIFF, PNG or JPEG")
+    reason = str(error).replace(f"{path}: ", "").replace(f"'{path}'", "the file")
+    return bad(f"scene: {reason}")

@@ -1,16 +1,12 @@
-"""Requests of V1, V2 and gRPC to one kind of job, and its boxes back again.
-
-Nothing here knows of a server: bodies in, answers out.
-"""
+"""Requests of V1, V2 and gRPC to one kind of job, and its boxes back: no server yet."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import threading
 import uuid
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 from kserve import InferOutput, InferResponse
+from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.infer_type import RequestedOutput, to_http_parameters
 
@@ -29,14 +26,13 @@ OUTPUTS = {  # name -> datatype and shape of V2 and gRPC
     "scores": ("FP32", [-1]),
     "names": ("BYTES", [-1]),
 }
-_GEOJSON = ("BYTES", [1])
 MAX_PARTS = 1_000_000  # of a JSON text; the pixels of a tile as nested lists are 90,000
 _KNOWN = ("scene", "score_threshold", "geojson", "binary_data_output")
 
 
 @dataclass
 class Job:
-    """What a request wants, in whatever protocol it came.
+    """What a request wants, and what it holds until it is answered.
 
     Attributes:
         protocol: "v1", "v2" or "grpc".
@@ -47,25 +43,32 @@ class Job:
         request_id, outputs, binary: of V2, for the answer.
         found: the detections, one dict a picture, once there are any.
         cancelled: nobody waits for them any more.
+        files: temporary ones that go with the job.
     """
 
     protocol: str
-    pictures: list[Any]
+    pictures: list[Any] = field(default_factory=list)
     scene: bool = False
     score_threshold: float | None = None
     geojson: bool = False
     request_id: str = ""
-    outputs: list[RequestedOutput] | None = None
+    outputs: list[RequestedOutput] = field(default_factory=list)
     binary: bool = False
     found: list[dict] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    files: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def kind(self) -> str:
+        """A label of the metrics."""
+        return "scene" if self.scene else "tile"
 
     def where(self, index: int) -> str:
         """What a reason begins with."""
         return f"instance {index}" if self.protocol == "v1" else "input image"
 
 
-def parse_v1(body: bytes, max_pictures: int) -> Job:
+def parse_v1(job: Job, body: bytes, max_pictures: int) -> None:
     """{"instances": [{"data": base64}, ...], "parameters": {...}}, as TorchServe's.
 
     Raises:
@@ -74,114 +77,105 @@ def parse_v1(body: bytes, max_pictures: int) -> Job:
     content = read_json(body)
     instances = content.get("instances") if isinstance(content, dict) else None
     if not isinstance(instances, list) or not instances:
-        raise bad(
-            'the request has no "instances": send {"instances": [{"data": "<base64 of '
-            'a picture file>"}]}'
-        )
+        form = '{"instances": [{"data": "<base64 of a picture file>"}]}'
+        raise bad(f'the request has no "instances": send {form}')
     if len(instances) > max_pictures:
         raise bad(f"{len(instances)} instances, at most {max_pictures} a request")
-    job = Job("v1", [], **_parameters(content.get("parameters")))
+    _parameters(job, content.get("parameters"))
     if job.scene and len(instances) > 1:
         raise bad(f"{len(instances)} instances: a scene comes alone")
     for index, row in enumerate(instances):
+        where = job.where(index)
         given = (row.get("data") or row.get("body")) if isinstance(row, dict) else None
         if not given:
-            raise bad(
-                f'instance {index}: needs the key "data" with the base64 of a picture'
-            )
+            raise bad(f'{where}: needs the key "data" with the base64 of a picture')
         if not isinstance(given, str):
-            raise bad(f"instance {index}: data must be text, the base64 of a picture")
-        job.pictures.append(_base64(given, f"instance {index}: data"))
-    return job
+            raise bad(f"{where}: data must be text, the base64 of a picture")
+        job.pictures.append(_base64(given, f"{where}: data"))
 
 
-def parse_v2(head: object, rest: bytes | Path | None = None) -> Job:
+def parse_v2(job: Job, fields: object, rest: bytes | Path | None = None) -> None:
     """A V2 request: its JSON, and what follows it in the binary form.
 
     Args:
-        head: the parsed JSON, {"inputs": [{"name": "image", ...}], ...}.
+        fields: the parsed JSON, {"inputs": [{"name": "image", ...}], ...}.
         rest: bytes after the JSON, or the path of a file with them; None without.
 
     Raises:
         Refusal: 400.
     """
-    if not isinstance(head, dict):
+    if not isinstance(fields, dict):
         raise bad('the request has no "inputs"')
-    job = Job("v2", [], **_parameters(head.get("parameters")))
-    job.binary = bool((head.get("parameters") or {}).get("binary_data_output"))
-    job.request_id = str(head.get("id") or "")
-    tensors = head.get("inputs")
+    _parameters(job, fields.get("parameters"))
+    job.request_id = str(fields.get("id") or "")
+    tensors = fields.get("inputs")
     one = tensors[0] if isinstance(tensors, list) and len(tensors) == 1 else None
     if not isinstance(one, dict) or one.get("name") != "image":
         raise bad('"inputs" must be one tensor with the name "image"')
-    wanted = head.get("outputs")
-    if wanted is not None:
-        try:
-            job.outputs = [
-                RequestedOutput(row["name"], row.get("parameters")) for row in wanted
-            ]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise bad('"outputs" must be a list of {"name": ...}') from error
-    if rest is None and one.get("data") is None:
-        raise bad('input image has no "data", and the binary form has its header')
-    if rest is not None:
-        told = one.get("parameters")
-        size = told.get("binary_data_size") if isinstance(told, dict) else None
-        there = rest.stat().st_size if isinstance(rest, Path) else len(rest)
-        if size != there:
-            raise bad(f"binary_data_size is {size}, {there} bytes follow the JSON")
-    _finish(job, one.get("datatype"), one.get("shape"), rest, one.get("data"))
-    return job
+    try:
+        for row in fields.get("outputs") or []:
+            options = dict(row.get("parameters") or {})
+            job.outputs.append(RequestedOutput(row["name"], options))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise bad('"outputs" must be a list of {"name": ...}') from error
+    known = list(OUTPUTS) + ["geojson"] * job.geojson
+    for output in job.outputs:
+        if output.name not in known:
+            raise bad(f"no output {output.name!r}: there are {', '.join(known)}")
+    job.pictures = [_picture(one, rest)]
 
 
-def parse_grpc(request: ModelInferRequest) -> Job:
+def parse_grpc(job: Job, request: ModelInferRequest) -> None:
     """A V2 request by gRPC, its data in raw_input_contents or in contents.
 
     Raises:
         Refusal: 400.
     """
-    job = Job("grpc", [], **_parameters(to_http_parameters(request.parameters)))
-    job.request_id = request.id
-    if len(request.inputs) != 1 or request.inputs[0].name != "image":
-        raise bad('"inputs" must be one tensor with the name "image"')
-    job.outputs = [RequestedOutput(row.name) for row in request.outputs] or None
+    count, wanted = len(request.inputs), len(request.outputs)
+    if count != 1 or wanted > 10:  # before any is looked at: 8 MiB hold a million
+        raise bad(f"{count} inputs for {wanted} outputs: send one input, image")
     one, raw = request.inputs[0], None
-    data: Any = None
+    tensor: dict[str, Any] = {"name": one.name, "datatype": one.datatype}
+    tensor["shape"] = list(one.shape)
     if request.raw_input_contents:
         raw = request.raw_input_contents[0]
+        tensor["parameters"] = {"binary_data_size": len(raw)}
     elif one.datatype == "BYTES":
-        data = list(one.contents.bytes_contents)
-    else:
-        data = np.fromiter(one.contents.uint_contents, np.uint32)
-    _finish(job, one.datatype, list(one.shape), raw, data)
-    return job
+        tensor["data"] = list(one.contents.bytes_contents)
+    else:  # not a list of Python's numbers, as InferRequest.from_grpc makes it
+        tensor["data"] = np.fromiter(one.contents.uint_contents, np.uint32)
+    fields = {
+        "id": request.id,
+        "parameters": to_http_parameters(request.parameters),
+        "inputs": [tensor],
+        "outputs": [{"name": output.name} for output in request.outputs],
+    }
+    parse_v2(job, fields, raw)
 
 
-def _finish(
-    job: Job, datatype: object, shape: object, raw: bytes | Path | None, data: object
-) -> None:
-    """Put the picture of a V2 tensor into the job; check the outputs it asks for."""
-    known = list(OUTPUTS) + ["geojson"] * job.geojson
-    for output in job.outputs or []:
-        if output.name not in known:
-            raise bad(f"no output {output.name!r}: there are {', '.join(known)}")
+def _picture(tensor: dict, raw: bytes | Path | None) -> bytes | Path | np.ndarray:
+    """The picture of a V2 tensor, whose data is `raw` or stands in it."""
+    shape, datatype, data = (tensor.get(key) for key in ("shape", "datatype", "data"))
+    if raw is None and data is None:
+        raise bad('input image has no "data", and the binary form has its header')
+    if raw is not None:
+        given = tensor.get("parameters")
+        size = given.get("binary_data_size") if isinstance(given, dict) else None
+        if size != _size(raw):
+            raise bad(f"binary_data_size is {size}, {_size(raw)} bytes follow the JSON")
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
         raise bad(f"input image has the shape {shape!r}")
     if datatype == "BYTES" and shape == [1]:
-        job.pictures = [_one_string(raw, data)]
-    elif datatype == "UINT8" and (len(shape) == 1 or (len(shape), shape[2:]) == _HW3):
-        job.pictures = [_bytes(raw, data, shape)]
-    else:
-        raise bad(
-            f"input image is {datatype} {shape}: send UINT8 [n] or BYTES [1] with the "
-            "bytes of a picture file, or UINT8 [height, width, 3]"
-        )
+        return _one_string(raw, data)
+    if datatype == "UINT8" and (len(shape) == 1 or (len(shape) == 3 and shape[2] == 3)):
+        return _bytes(raw, data, shape)
+    raise bad(
+        f"input image is {datatype} {shape}: send UINT8 [n] or BYTES [1] with the "
+        "bytes of a picture file, or UINT8 [height, width, 3]"
+    )
 
 
-_HW3 = (3, [3])
-
-
-def _one_string(raw: bytes | Path | None, data: object) -> bytes | Path:
+def _one_string(raw: bytes | Path | None, data: object) -> bytes:
     """BYTES [1]: a length in 4 bytes and the file, or a list of one."""
     if isinstance(raw, Path):
         raise bad("a scene by the binary form is UINT8 [n]")
@@ -190,20 +184,18 @@ def _one_string(raw: bytes | Path | None, data: object) -> bytes | Path:
         if len(raw) < 4 or length != len(raw) - 4:
             raise bad(f"BYTES begins with its length, {length}; {len(raw) - 4} follow")
         return raw[4:]
-    if not isinstance(data, list) or len(data) != 1:
-        raise bad("BYTES [1] is a list of one")
-    if isinstance(data[0], bytes):
-        return data[0]
-    if not isinstance(data[0], str):
-        raise bad("BYTES in JSON is text, the base64 of a picture file")
-    return _base64(data[0], "input image")
+    one = data[0] if isinstance(data, list) and len(data) == 1 else None
+    if isinstance(one, bytes):
+        return one
+    if not isinstance(one, str):
+        raise bad("BYTES [1] is a list of one text, the base64 of a picture file")
+    return _base64(one, "input image")
 
 
 def _bytes(
     raw: bytes | Path | None, data: object, shape: list[int]
 ) -> bytes | Path | np.ndarray:
     """UINT8: a file's bytes [n], or pixels [H, W, 3]."""
-    count = math.prod(shape)
     if raw is None:
         try:
             values = np.asarray(data).reshape(-1)
@@ -213,14 +205,18 @@ def _bytes(
         if not fits:
             raise bad("input image: UINT8 is whole numbers in 0..255")
         raw = values.astype(np.uint8).tobytes()
-    there = raw.stat().st_size if isinstance(raw, Path) else len(raw)
-    if there != count:
-        raise bad(f"input image: the shape {shape} is {count} bytes, {there} are there")
+    count, size = math.prod(shape), _size(raw)
+    if size != count:
+        raise bad(f"input image: the shape {shape} is {count} bytes, {size} are there")
     if len(shape) == 1:
         return raw
     if isinstance(raw, Path):  # touched window by window, never as a whole
         return np.memmap(raw, np.uint8, "r", shape=tuple(shape))
     return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _size(raw: bytes | Path) -> int:
+    return raw.stat().st_size if isinstance(raw, Path) else len(raw)
 
 
 def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
@@ -234,10 +230,8 @@ def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
         raise bad("the body is empty")
     parts = sum(body.count(mark) for mark in (b"{", b"[", b'"'))
     if parts > MAX_PARTS:
-        raise bad(
-            f"the JSON has {parts} objects, lists and texts, at most {MAX_PARTS} are "
-            "taken: send the bytes of a picture file"
-        )
+        reason = f"{parts} objects, lists and texts, at most {MAX_PARTS} are taken"
+        raise bad(f"the JSON has {reason}: send the bytes of a picture file")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -247,45 +241,57 @@ def read_json(body: bytes, what: str = "the body is not JSON") -> Any:
 def _base64(text: str, where: str) -> bytes:
     try:  # some encoders break lines
         return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise bad(f"{where} is not base64: {error}") from error
 
 
-def _parameters(given: object) -> dict:
-    """Checked parameters of a request, as arguments of `Job`."""
-    if given is None:
-        return {}
+def _parameters(job: Job, given: object) -> None:
+    """Check the parameters of a request and put them into the job."""
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise bad('"parameters" must be an object')
     unknown = sorted(set(given) - set(_KNOWN))
     if unknown:
         raise bad(f"no parameter {', '.join(unknown)}: there are {', '.join(_KNOWN)}")
-    found: dict[str, Any] = {}
     for key in ("scene", "geojson"):
-        value = given.get(key, False)
-        if not isinstance(value, bool):
-            raise bad(f"parameter {key} is {value!r}: true or false")
-        found[key] = value
+        if not isinstance(given.get(key, False), bool):
+            raise bad(f"parameter {key} is {given[key]!r}: true or false")
+    job.scene, job.geojson = given.get("scene", False), given.get("geojson", False)
+    job.binary = bool(given.get("binary_data_output"))
     if (value := given.get("score_threshold")) is not None:
         try:  # gRPC's parameters have no fractions: text there
-            found["score_threshold"] = float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            found["score_threshold"] = math.nan
-        if isinstance(value, bool) or not 0 <= found["score_threshold"] <= 1:
+            number = math.nan
+        if not 0 <= number <= 1:
             raise bad(f"parameter score_threshold is {value!r}: a number in 0..1")
-    return found
+        job.score_threshold = number
 
 
-def answer_v1(job: Job) -> bytes:
-    """{"predictions": [[{class name: [x1, y1, x2, y2], "score": s}, ...], ...]}.
+def answer(job: Job, model_name: str) -> Any:
+    """The boxes in the protocol of the request.
 
-    With `geojson`, a FeatureCollection in place of each list. A scene's answer says
-    {"scene": true} beside it: a server that does not know the parameter would not.
+    V1: {"predictions": [[{class name: [x1, y1, x2, y2], "score": s}, ...], ...]}, with
+    `geojson` a FeatureCollection in place of each list. A scene's answer says {"scene":
+    true} too: a server that does not know the parameter would not. V2: `OUTPUTS`, and
+    "geojson" BYTES [1] if it was asked for.
+
+    Returns:
+        (body, headers) of V1 and V2; a ModelInferResponse of gRPC.
     """
-    answers = [found["geojson"] if job.geojson else _rows(found) for found in job.found]
-    return orjson.dumps(
-        {"predictions": answers} | ({"scene": True} if job.scene else {})
-    )
+    headers = {"content-type": "application/json"}
+    if job.protocol == "v1":
+        rows = [one["geojson"] if job.geojson else _rows(one) for one in job.found]
+        scene = {"scene": True} if job.scene else {}
+        return orjson.dumps({"predictions": rows, **scene}), headers
+    response = _infer_response(job, model_name)
+    if job.protocol == "grpc":
+        return response.to_grpc()
+    content, head = response.to_rest()
+    if head is None:
+        return orjson.dumps(content), headers
+    headers = {"content-type": "application/octet-stream"}
+    return content, {**headers, INFERENCE_CONTENT_LENGTH_HEADER: str(head)}
 
 
 def _rows(found: dict) -> list[dict]:
@@ -293,29 +299,21 @@ def _rows(found: dict) -> list[dict]:
     return [{n: box, "score": score} for n, box, score in zip(*columns, strict=True)]
 
 
-def answer_v2(job: Job, model_name: str) -> InferResponse:
-    """The outputs of `OUTPUTS`, and "geojson" BYTES [1] if it was asked for."""
-    found = job.found[0]
-    arrays = {name: found[name] for name in OUTPUTS}
-    arrays["names"] = _text(found["names"])
-    types = {name: datatype for name, (datatype, _) in OUTPUTS.items()}
+def _infer_response(job: Job, model_name: str) -> InferResponse:
+    found, types = job.found[0], {name: kind for name, (kind, _) in OUTPUTS.items()}
     if job.geojson:
-        arrays["geojson"] = _text([orjson.dumps(found["geojson"]).decode()])
-        types["geojson"] = _GEOJSON[0]
-    names = list(arrays)
-    if job.outputs and job.protocol == "grpc":  # REST: the SDK picks them
-        names = [output.name for output in job.outputs]
+        found["geojson"] = [orjson.dumps(found["geojson"]).decode()]
+        types["geojson"] = "BYTES"
+    outputs = []
+    for name in [output.name for output in job.outputs] or types:
+        values = found[name]
+        if types[name] == "BYTES":
+            values = np.array([text.encode() for text in values], dtype=object)
+        outputs.append(InferOutput(name, list(values.shape), types[name], values))
     return InferResponse(
         response_id=job.request_id or str(uuid.uuid4()),
         model_name=model_name,
-        infer_outputs=[
-            InferOutput(name, list(arrays[name].shape), types[name], arrays[name])
-            for name in names
-        ],
+        infer_outputs=outputs,
         use_binary_outputs=job.binary,
-        requested_outputs=job.outputs if job.protocol == "v2" else None,
+        requested_outputs=job.outputs,
     )
-
-
-def _text(values: Sequence[str]) -> np.ndarray:
-    return np.array([value.encode() for value in values], dtype=object)

@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import grpc
+from grpc import StatusCode
+from grpc_interceptor.exceptions import GrpcException
 
 _CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    405: grpc.StatusCode.UNIMPLEMENTED,
-    408: grpc.StatusCode.DEADLINE_EXCEEDED,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    499: grpc.StatusCode.CANCELLED,
-    503: grpc.StatusCode.UNAVAILABLE,
+    400: StatusCode.INVALID_ARGUMENT,
+    403: StatusCode.PERMISSION_DENIED,
+    404: StatusCode.NOT_FOUND,
+    429: StatusCode.RESOURCE_EXHAUSTED,
+    499: StatusCode.CANCELLED,
+    503: StatusCode.UNAVAILABLE,
 }
 
 
-class Refusal(Exception):
-    """A request that gets no boxes, and why.
+class Refusal(GrpcException):
+    """A request that gets no boxes, and why; KServe's gRPC answers with it as it is.
 
     Args:
-        status: HTTP status of the answer.
-        reason: what the caller reads; one line, without anything of the picture.
+        status: HTTP status of the answer; a gRPC code follows from it.
+        reason: what the caller reads; one line, without anything of the picture. It is
+            cut after 1,000 characters: a value that it quotes may be 64 MB.
         retry_after: seconds until it is worth asking again.
     """
 
     def __init__(
         self, status: int, reason: str, retry_after: int | None = None
     ) -> None:
-        super().__init__(" ".join(reason.split()))
-        self.status = status
-        self.retry_after = retry_after
+        code = _CODES.get(status, StatusCode.INTERNAL)
+        super().__init__(" ".join(reason[:1000].split()), code)
+        self.status, self.headers = status, {}
+        if retry_after is not None:
+            self.headers["retry-after"] = str(retry_after)
 
-    @property
-    def code(self) -> grpc.StatusCode:
-        """The gRPC status that means the same."""
-        return _CODES.get(self.status, grpc.StatusCode.INTERNAL)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Of the answer: Retry-After, if there is one."""
-        return (
-            {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        )
+    def __str__(self) -> str:
+        return self.details
 
 
 def bad(reason: str) -> Refusal:

@@ -7,34 +7,27 @@ still run.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
 import logging
-import signal
-import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from grpc_interceptor import AsyncExceptionToStatusInterceptor
 from kserve import ModelServer
-from kserve.errors import ModelNotFound
 from kserve.logging import logger, trace_logger
 from kserve.model_server import app
 from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.grpc import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as pb_grpc
+from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.servicer import InferenceServicer
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
-from .model import Detector
+from .model import DetectorModel
 from .protocol import Job, parse_grpc
-from .refusal import Refusal
-from .rest import (
-    LATENCY,
-    REQUESTS,
-    add_routes,
-    as_refusal,
-    note,
-    one_line,
-)
+from .refusal import Refusal, bad
+from .rest import add_routes
 
 
 class _Health(DataPlane):
@@ -45,130 +38,104 @@ class _Health(DataPlane):
         return bool(models) and all([await model.healthy() for model in models])
 
 
-class _Servicer(InferenceServicer):
-    def __init__(self, dataplane: DataPlane, detector: Detector) -> None:
-        super().__init__(dataplane, None)
-        self._detector = detector
+class _Fixed(ModelRepositoryExtension):
+    """A repository of the one model, whoever asks to load or unload it."""
 
-    async def ModelInfer(self, request: bytes, context: Any) -> Any:
-        """Takes a place before the message is parsed, which can grow fortyfold."""
-        detector, started = self._detector, time.perf_counter()
-        with detector.place():
-            job = await detector.aside(self._job, request)
-            answer, _ = await detector(job)
-            message = await detector.aside(answer.to_grpc)
-        seconds = time.perf_counter() - started
-        detector.pace(seconds)
-        LATENCY.labels("grpc", "scene" if job.scene else "tile").observe(seconds)
-        REQUESTS.labels("grpc", 200).inc()
-        return message
-
-    def _job(self, message: bytes) -> Job:
-        try:
-            request = grpc_predict_v2_pb2.ModelInferRequest.FromString(message)
-        except Exception as error:  # protobuf's DecodeError, whatever its backend
-            raise Refusal(400, "the message is no ModelInferRequest") from error
-        if request.model_name != self._detector.name:
-            raise ModelNotFound(request.model_name)
-        self.validate_grpc_request(request)
-        return parse_grpc(request)
-
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> None:
+    async def load(self, model_name: str) -> None:
         raise Refusal(403, "this server keeps the model it started with")
 
-    RepositoryModelUnload = RepositoryModelLoad
+    unload = load
 
 
-class _Methods:
-    """Stands where the generated code wants a server, and keeps what it would add."""
+class _Servicer(InferenceServicer):
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.dataplane, server.model_repository_extension)
+        self._model = server.model
 
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        pass
+    async def ModelInfer(self, request: bytes, context: Any) -> Any:
+        """Takes a slot before the message is parsed, which can grow fortyfold."""
+        try:
+            with self._model.admission.admit("grpc") as job:
+                await asyncio.to_thread(self._parse, request, job)
+                message, _ = await self._model(job)
+            return message
+        except Refusal as refusal:
+            context.set_trailing_metadata(tuple(refusal.headers.items()))
+            raise
 
-    def add_registered_method_handlers(self, service: str, methods: dict) -> None:
-        self.service, self.methods = service, methods
-
-
-class _Statuses(AsyncExceptionToStatusInterceptor):
-    async def handle_exception(
-        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
-    ) -> Any:
-        if isinstance(ex, ModelNotFound):
-            ex = Refusal(404, str(ex))
-        elif type(ex).__module__ == "kserve.errors":
-            ex = Refusal(400, str(ex))
-        refusal = as_refusal(ex)
-        note("grpc", refusal, ex)
-        metadata = tuple(refusal.headers.items())
-        await context.abort(refusal.code, str(refusal), metadata)
+    def _parse(self, message: bytes, job: Job) -> None:
+        try:
+            request = pb.ModelInferRequest.FromString(message)
+        except Exception as error:  # protobuf's DecodeError, whatever its backend
+            raise bad("the message is no ModelInferRequest") from error
+        self._model.check_name(request.model_name)
+        self.validate_grpc_request(request)
+        parse_grpc(job, request)
 
 
 class Server(ModelServer):
     """One detector by REST and gRPC until SIGTERM, then an orderly end.
 
     Args:
-        detector: loaded.
-        host: address to listen on; "0.0.0.0" in a pod.
-        http_port, grpc_port: free ports.
-        drain_delay: seconds after the signal in which it is not ready, but still
-            serves: so long may a cluster go on sending.
-        grace_period: seconds after that in which requests may come to their end.
+        model: loaded.
+        args: the command line: `host`, `http_port` and `grpc_port`; `drain_delay`,
+            seconds after the signal in which it is not ready, but still serves, as long
+            as a cluster goes on sending; `grace_period`, seconds after that in which
+            requests may come to their end, of REST and gRPC at the same time.
     """
 
-    def __init__(
-        self,
-        detector: Detector,
-        *,
-        host: str = "0.0.0.0",
-        http_port: int = 8080,
-        grpc_port: int = 8081,
-        drain_delay: float = 3.0,
-        grace_period: int = 30,
-    ) -> None:
+    def __init__(self, model: DetectorModel, args: argparse.Namespace) -> None:
         super().__init__(
-            http_port=http_port,
-            grpc_port=grpc_port,
+            http_port=args.http_port,
             workers=1,  # each further process would hold the weights again
             enable_grpc=False,  # started here, with limits
             enable_latency_logging=False,
-            grace_period=grace_period,
+            grace_period=args.grace_period,
         )
-        self.dataplane = _Health(model_registry=self.registered_models)
-        self.detector, self.host, self.drain_delay = detector, host, drain_delay
+        self.model, self.args = model, args
+        self.dataplane = _Health(self.registered_models)
+        self.model_repository_extension = _Fixed(self.registered_models)
         trace_logger.setLevel(logging.WARNING)  # else a line for each request
         logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
         for name in ("kserve", "uvicorn.error"):
             logging.getLogger(name).addFilter(one_line)
-        add_routes(app, detector)
+        add_routes(app, model)
 
     def register_signal_handler(self) -> None:
-        """Nothing: `_serve` does it, in the event loop."""
+        """Nothing: uvicorn has its own, which `_serve` replaces."""
 
     async def _serve(self) -> None:
+        loop, web = asyncio.get_running_loop(), self._rest_server._server
+        # of asyncio.to_thread, which reads bodies: more at once would fill the memory
+        loop.set_default_executor(ThreadPoolExecutor(2, "reader"))
         stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(sign, stop.set)
+        web.config.host = self.args.host
+        web.handle_exit = lambda *_: loop.call_soon_threadsafe(stop.set)
         listener = await self._start_grpc()
-        self._rest_server.config.host = self.host
-        web = self._rest_server._server
-        web.capture_signals = contextlib.nullcontext  # the handlers above stay
-        (coroutine,) = self.servers
-        serving = asyncio.ensure_future(coroutine)
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            self.detector.draining = True
-            logger.info("draining: %d requests in flight", self.detector.waiting)
-            await asyncio.sleep(self.drain_delay)
-            web.should_exit = True
-        stopping.cancel()
-        await asyncio.gather(serving, listener.stop(self.grace_period))
+        await asyncio.gather(self._rest(listener), self._drain(stop, web, listener))
+
+    async def _rest(self, listener: Any) -> None:
+        (rest,) = self.servers
+        try:
+            await rest
+        except SystemExit as error:  # uvicorn has logged why
+            await listener.stop(None)
+            address = f"{self.args.host}:{self.args.http_port}"
+            raise OSError(f"cannot listen on {address}") from error
+
+    async def _drain(self, stop: asyncio.Event, web: Any, listener: Any) -> None:
+        """At the signal: not ready, and later the end of both servers at once."""
+        await stop.wait()
+        self.model.draining = True
+        logger.info("draining: %d requests in flight", self.model.admission.in_flight)
+        await asyncio.sleep(self.args.drain_delay)
+        web.should_exit = True  # its own grace period begins
+        await listener.stop(self.args.grace_period)
 
     async def _start_grpc(self) -> grpc.aio.Server:
-        limits = self.detector.limits
+        limits = self.model.admission.limits
         listener = grpc.aio.server(
-            interceptors=(_Statuses(),),
+            interceptors=(ExceptionToStatusInterceptor(),),
             options=[
                 ("grpc.max_receive_message_length", limits.grpc),
                 ("grpc.max_send_message_length", -1),  # the boxes of a scene
@@ -177,18 +144,27 @@ class Server(ModelServer):
             # health checks come through beside those that wait
             maximum_concurrent_rpcs=limits.queue + 16,
         )
-        servicer = _Servicer(self.dataplane, self.detector)
+        servicer = _Servicer(self)
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, listener)
         infer = grpc.unary_unary_rpc_method_handler(
             servicer.ModelInfer,  # gets the message as it came
-            response_serializer=grpc_predict_v2_pb2.ModelInferResponse.SerializeToString,
+            response_serializer=pb.ModelInferResponse.SerializeToString,
         )
-        taken = _Methods()
-        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            servicer, taken
-        )
-        methods = {**taken.methods, "ModelInfer": infer}
-        handler = grpc.method_handlers_generic_handler(taken.service, methods)
-        listener.add_generic_rpc_handlers((handler,))
-        listener.add_insecure_port(f"{self.host}:{self.grpc_port}")
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+        listener.add_registered_method_handlers(service, {"ModelInfer": infer})
+        listener.add_insecure_port(f"{self.args.host}:{self.args.grpc_port}")
         await listener.start()
         return listener
+
+
+def one_line(record: logging.LogRecord) -> bool:
+    """A logging filter: what went wrong and where, in place of a traceback."""
+    if record.exc_info and record.exc_info[1]:
+        _, error, trace = record.exc_info
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        line = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        text = " ".join(str(error).split())[:500]
+        record.msg = f"{record.getMessage()} {type(error).__name__}: {text} ({line})"
+        record.args, record.exc_info = (), None
+    return True
