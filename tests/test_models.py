@@ -197,13 +197,17 @@ def test_resolved_settings_survive_a_default_that_changes(monkeypatch):
     resolved = resolved_settings("fasterrcnn_small", rpn_nms_thresh=0.6)
     assert resolved["rpn_nms_thresh"] == 0.6
     before = empty("fasterrcnn_small", **resolved)
-    later = {**models._DEFAULTS["fasterrcnn_small"], "min_size": 1, "image_std": [1.0]}
-    monkeypatch.setitem(models._DEFAULTS, "fasterrcnn_small", later)
+    now = models._ARCHITECTURES["fasterrcnn_small"].defaults
+    monkeypatch.setitem(now, "min_size", 1)
+    monkeypatch.setitem(now, "image_std", [1.0])
     assert empty("fasterrcnn_small") != before
     assert empty("fasterrcnn_small", **resolved) == before
 
 
-@pytest.mark.parametrize("name", sorted(models._FAMILIES))
+OF_TORCHVISION = [name for name in MODELS if hasattr(detection, name)]
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
 def test_our_defaults_are_those_of_torchvision(name):
     with torch.device("meta"):
         builder = getattr(detection, name)
@@ -226,9 +230,8 @@ BACKBONES = {
 def test_the_stages_that_learn_are_those_of_torchvision(name):
     most = resolved_settings(name)["trainable_backbone_layers"]
     with torch.device("meta"):
-        model = build_model(name, 4)
         for layers in range(most + 1):
-            models._train_last(model.backbone, layers)
+            model = build_model(name, 4, trainable_backbone_layers=layers)
             ours = {k: p.requires_grad for k, p in model.backbone.named_parameters()}
             theirs = BACKBONES[name](layers).named_parameters()
             assert ours == {k: p.requires_grad for k, p in theirs}
@@ -321,35 +324,50 @@ def test_a_norm_that_was_frozen_can_learn_and_keeps_its_numbers():
 
 
 def test_the_small_detector_says_that_it_has_no_pretrained_weights():
-    with pytest.raises(ValueError, match="from scratch"):
-        build_model("fasterrcnn_small", weights="DEFAULT")
+    for which in ("weights", "weights_backbone"):
+        with pytest.raises(ValueError, match="fasterrcnn_small.*from scratch"):
+            build_model("fasterrcnn_small", **{which: "DEFAULT"})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fasterrcnn_resnet50_fpn",
-        "retinanet_resnet50_fpn_v2",
-        "fcos_resnet50_fpn",
-        "ssd300_vgg16",
-        "ssdlite320_mobilenet_v3_large",
-    ],
-)
-def test_a_refitted_head_has_the_layout_of_a_fresh_one(name):
-    """The COCO weights themselves need a network; the refit does not."""
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_coco_weights_reach_all_but_the_head_that_knows_the_classes(name, monkeypatch):
     with torch.device("meta"):
-        fresh = build_model(name, num_classes=61).state_dict()
-        theirs = getattr(detection, name)(weights=None, weights_backbone=None)
-        refitted = models._refit_head(theirs, 61)
-    shapes = {key: value.shape for key, value in refitted.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in fresh.items()}
+        builder = getattr(detection, name)
+        layout = builder(weights=None, weights_backbone=None).state_dict()
+    state = {key: torch.full(value.shape, 1.0) for key, value in layout.items()}
+    if name == "fasterrcnn_resnet50_fpn":  # the file there is older than this name
+        for kind in ("weight", "bias"):
+            old = state.pop(f"rpn.head.conv.0.0.{kind}")
+            state[f"rpn.head.conv.{kind}"] = old
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
+    settings = (
+        {"aspect_ratios": [1, 2]} if "aspect_ratios" in model_settings(name) else {}
+    )
+    model = build_model(name, 5, weights="DEFAULT", **settings)
+    fresh = {k for k, v in model.state_dict().items() if not (v == 1).all()}
+    classifier = {k for k in fresh if "classification_head" in k or "predictor" in k}
+    anchors = {k for k in fresh - classifier if "head" in k}
+    assert classifier and fresh == classifier | anchors
+    assert bool(anchors) == bool(settings)
+
+
+def test_coco_weights_that_do_not_fit_the_settings_are_an_error(monkeypatch):
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    with pytest.raises(ValueError, match="do not fit its settings.*Missing"):
+        build_model("ssdlite320_mobilenet_v3_large", 5, weights="DEFAULT")
+    with pytest.raises(ValueError, match="no COCO weights for resnet152"):
+        with torch.device("meta"):
+            build_model("resnet152_fpn_fasterrcnn", 5, weights="DEFAULT")
+    with pytest.raises(ValueError, match="reduced_tail"):
+        kwargs = {"weights_backbone": "DEFAULT", "reduced_tail": True}
+        build_model("ssdlite320_mobilenet_v3_large", 5, **kwargs)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
-    def no_network(**_):
+    def no_network(*_, **__):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(detection, "fasterrcnn_resnet50_fpn", no_network)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", no_network)
     with pytest.raises(RuntimeError, match="could not be downloaded.*weights=None"):
         build_model("fasterrcnn_resnet50_fpn", weights="DEFAULT")
 
