@@ -1,6 +1,6 @@
 """Checkpoints of a Determined trial, brought back.
 
-Copy: this file and e2e_utils/models.py.
+Copy: this file, and models.py and backbones.py of e2e_utils.
 
 Reading a checkpoint folder needs neither determined nor the code that wrote it;
 `download_best` needs the cluster that holds the experiment.

@@ -8,8 +8,8 @@
 
 SIGTERM makes it save and end with exit code 143; the same command goes on from there.
 
-Copy: this file, config.py, data.py, sampling.py, models.py, optim.py, hardware.py and
-evaluate.py.
+Copy: this file, config.py, data.py, sampling.py, models.py, backbones.py, optim.py,
+hardware.py and evaluate.py.
 It alone composes the others; the adapters to a cluster call `forward_losses`,
 `make_optimizer`, `lr_factor` and `seed_step`, so that a step means the same thing
 everywhere.

@@ -8,14 +8,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.ops import box_iou
 
 from e2e_utils.data import CocoTiles, eval_loader
 from e2e_utils.evaluate import (
     AREAS,
     coco_metrics,
     detect,
-    overlaps,
     recall_ceiling,
     to_coco,
 )
@@ -177,34 +175,6 @@ def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
     assert model.training
     truth = json.loads((tiles / "val_300_02.json").read_text())
     assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("chunk", [1, 50, 1_000_000])
-def test_overlaps_are_those_of_torchvision_within_a_key(chunk):
-    rng = np.random.default_rng(0)
-
-    def boxes(count):
-        low = rng.integers(0, 60, (count, 2))
-        return np.concatenate([low, low + rng.integers(0, 40, (count, 2))], 1) * 1.0
-
-    found, truth = boxes(70), boxes(50)
-    found_key, truth_key = rng.integers(0, 5, 70), rng.integers(1, 6, 50)
-    pairs = overlaps(found_key, found, truth_key, truth, 0.1, chunk)
-    iou = box_iou(torch.from_numpy(found), torch.from_numpy(truth)).numpy()
-    iou[found_key[:, None] != truth_key] = 0
-    expected = np.nonzero(np.nan_to_num(iou) >= 0.1)
-    table = {(f, t): v for f, t, v in zip(*pairs, strict=True)}
-    assert set(table) == set(zip(*expected, strict=True)) and len(table) > 20
-    assert all(v == pytest.approx(iou[f, t]) for (f, t), v in table.items())
-    assert (np.diff(pairs[0]) >= 0).all()
-
-
-def test_no_boxes_have_no_overlaps():
-    none, box = np.empty((0, 4)), np.array([[0.0, 0, 9, 9]])
-    for found, truth in ((none, box), (box, none), (none, none)):
-        keys = np.zeros(len(found), int), np.zeros(len(truth), int)
-        pairs = overlaps(keys[0], found, keys[1], truth, 0.5)
-        assert [len(part) for part in pairs] == [0, 0, 0]
 
 
 def test_the_recall_ceiling_is_what_the_caps_let_through():
