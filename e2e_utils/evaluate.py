@@ -95,15 +95,17 @@ def to_coco(
 
 def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -> dict:
     """The content of a COCO file; ValueError if a detection's image is not in it."""
-    if not isinstance(ground_truth, dict):
-        ground_truth = json.loads(Path(ground_truth).read_text())
-    known = {image["id"] for image in ground_truth["images"]}
+    if isinstance(ground_truth, dict):
+        coco = ground_truth
+    else:
+        coco = json.loads(Path(ground_truth).read_text())
+    known = {image["id"] for image in coco["images"]}
     foreign = sorted({d["image_id"] for d in detections} - known)
     if foreign:
         raise ValueError(
             f"detections for images not in the ground truth: {foreign[:5]}"
         )
-    return ground_truth
+    return coco
 
 
 @contextlib.contextmanager
