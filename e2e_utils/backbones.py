@@ -15,33 +15,16 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import get_model, resnet
+from torchvision.models.detection import faster_rcnn, retinanet, rpn, ssd, ssdlite
 from torchvision.models.detection._utils import retrieve_out_channels
-from torchvision.models.detection.anchor_utils import (
-    AnchorGenerator,
-    DefaultBoxGenerator,
-)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import (
     BackboneWithFPN,
     _resnet_fpn_extractor,
 )
-from torchvision.models.detection.faster_rcnn import (
-    FastRCNNConvFCHead,
-    FastRCNNPredictor,
-    TwoMLPHead,
-)
-from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.ssd import _vgg_extractor
-from torchvision.models.detection.ssdlite import (
-    SSDLiteHead,
-    _mobilenet_extractor,
-    _normal_init,
-)
-from torchvision.models.resnet import BasicBlock
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 # Stage outputs at strides 4, 8, 16, 32 of the backbones that torchvision ships
 # without a detector: index in `.features` -> channels.
@@ -66,22 +49,15 @@ class SmallResNet(nn.Sequential):
         def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
             project = None
             if stride != 1:
-                project = nn.Sequential(
-                    nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-                    nn.BatchNorm2d(outputs),
+                project = Conv2dNormActivation(
+                    inputs, outputs, 1, stride, activation_layer=None
                 )
-            return nn.Sequential(
-                BasicBlock(inputs, outputs, stride, project),
-                BasicBlock(outputs, outputs),
-            )
+            first = resnet.BasicBlock(inputs, outputs, stride, project)
+            return nn.Sequential(first, resnet.BasicBlock(outputs, outputs))
 
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 7, 2, 3, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, 1),
-        )
+        stem = Conv2dNormActivation(3, width, 7, 2)
+        self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1))
         self.stage1 = stage(width, width, 1)
         self.stage2 = stage(width, 2 * width, 2)
         self.stage3 = stage(2 * width, 4 * width, 2)
@@ -150,19 +126,19 @@ def resnet_fpn(
             f"backbone_norm must be 'batch' or 'frozen', got {backbone_norm!r}"
         )
     norm = partial(norms[backbone_norm], eps=norm_eps)
-    resnet = get_model(body, weights=weights, norm_layer=norm)
+    net = get_model(body, weights=weights, norm_layer=norm)
     stages, extra = [1, 2, 3, 4], None
     if p6_channels:
         stages, extra = [2, 3, 4], LastLevelP6P7(p6_channels, 256)
     return _resnet_fpn_extractor(
-        resnet, trainable_backbone_layers, stages, extra, norm_layer=fpn_norm
+        net, trainable_backbone_layers, stages, extra, norm_layer=fpn_norm
     )
 
 
 def vgg16_ssd(weights: str | None, trainable_backbone_layers: int = 5) -> nn.Module:
     """VGG-16 with the further maps of SSD300."""
     vgg = get_model("vgg16", weights=weights)
-    return _vgg_extractor(vgg, False, trainable_backbone_layers)
+    return ssd._vgg_extractor(vgg, False, trainable_backbone_layers)
 
 
 def mobilenet_ssdlite(
@@ -182,8 +158,10 @@ def mobilenet_ssdlite(
         reduced_tail=reduced_tail,
     )
     if weights is None:
-        _normal_init(mobilenet)
-    return _mobilenet_extractor(mobilenet, trainable_backbone_layers, _MOBILE_NORM)
+        ssdlite._normal_init(mobilenet)
+    return ssdlite._mobilenet_extractor(
+        mobilenet, trainable_backbone_layers, _MOBILE_NORM
+    )
 
 
 def small_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
@@ -191,8 +169,8 @@ def small_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
     return {
         "rpn_anchor_generator": anchors,
         "box_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1),
-        "box_head": TwoMLPHead(64 * 7 * 7, 256),
-        "box_predictor": FastRCNNPredictor(256, classes),
+        "box_head": faster_rcnn.TwoMLPHead(64 * 7 * 7, 256),
+        "box_predictor": faster_rcnn.FastRCNNPredictor(256, classes),
     }
 
 
@@ -206,8 +184,10 @@ def rcnn_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
     return {
         "num_classes": classes,
         "rpn_anchor_generator": anchors,
-        "rpn_head": RPNHead(256, anchors.num_anchors_per_location()[0], conv_depth=2),
-        "box_head": FastRCNNConvFCHead(
+        "rpn_head": rpn.RPNHead(
+            256, anchors.num_anchors_per_location()[0], conv_depth=2
+        ),
+        "box_head": faster_rcnn.FastRCNNConvFCHead(
             (256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d
         ),
     }
@@ -225,14 +205,14 @@ def fcos_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
 def retinanet_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
     """Of retinanet_resnet50_fpn_v2: with GroupNorm, and a loss on IoU."""
     count, norm = anchors.num_anchors_per_location()[0], partial(nn.GroupNorm, 32)
-    head = RetinaNetHead(256, count, classes, norm)
+    head = retinanet.RetinaNetHead(256, count, classes, norm)
     head.regression_head._loss_type = "giou"
     return {"num_classes": classes, "anchor_generator": anchors, "head": head}
 
 
 def ssd300_heads(_: nn.Module, classes: int, __: None) -> dict:
     """Of SSD300, whose anchors belong to its size."""
-    anchors = DefaultBoxGenerator(
+    anchors = ssd.DefaultBoxGenerator(
         [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
         scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
         steps=[8, 16, 32, 64, 100, 300],
@@ -242,12 +222,12 @@ def ssd300_heads(_: nn.Module, classes: int, __: None) -> dict:
 
 def ssdlite_heads(backbone: nn.Module, classes: int, _: None) -> dict:
     """Of SSDlite320, whose anchors belong to its size."""
-    anchors = DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
+    anchors = ssd.DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
     channels = retrieve_out_channels(backbone, (320, 320))
     count = anchors.num_anchors_per_location()
     return {
         "num_classes": classes,
         "anchor_generator": anchors,
         "size": (320, 320),
-        "head": SSDLiteHead(channels, count, classes, _MOBILE_NORM),
+        "head": ssdlite.SSDLiteHead(channels, count, classes, _MOBILE_NORM),
     }

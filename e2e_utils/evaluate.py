@@ -129,21 +129,18 @@ def _matched(
     """Detections matched with the ground truth, precision and recall accumulated."""
     images = [{"id": image["id"]} for image in ground_truth["images"]]
     rest = {"images": images, "categories": ground_truth["categories"]}
+
+    def area(row: dict) -> float:
+        return row["bbox"][2] * row["bbox"][3]
+
     # Annotation ids from 1: the matching takes an id of 0 for "not matched".
     truth = [
-        {
-            "id": index,
-            "image_id": row["image_id"],
-            "category_id": row["category_id"],
-            "bbox": row["bbox"],
-            "area": row.get("area", row["bbox"][2] * row["bbox"][3]),
-            "iscrowd": row.get("iscrowd", 0),
-        }
+        {"area": area(row), "iscrowd": 0, **row, "id": index}
         for index, row in enumerate(ground_truth["annotations"], start=1)
     ]
     # What loadRes adds, but for a polygon of each box, which boxes do not need.
     found = [
-        {**row, "id": index, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        {**row, "id": index, "area": area(row), "iscrowd": 0}
         for index, row in enumerate(detections, start=1)
     ]
     sides = (COCO({**rest, "annotations": rows}) for rows in (truth, found))

@@ -27,20 +27,8 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.ssd import SSD
 
-from .backbones import (
-    fcos_heads,
-    features_fpn,
-    mobilenet_ssdlite,
-    rcnn_heads,
-    rcnn_v2_heads,
-    resnet_fpn,
-    retinanet_v2_heads,
-    small_fpn,
-    small_heads,
-    ssd300_heads,
-    ssdlite_heads,
-    vgg16_ssd,
-)
+from . import backbones
+from .backbones import features_fpn, resnet_fpn
 
 CHECKPOINT_KEYS = ("model", "architecture", "settings", "class_names")
 
@@ -75,8 +63,8 @@ _FROZEN = {"trainable_backbone_layers": 3, "backbone_norm": "frozen"}
 _ARCHITECTURES: dict[str, _Architecture] = {
     "fasterrcnn_small": _Architecture(
         FasterRCNN,
-        small_fpn,
-        small_heads,
+        backbones.small_fpn,
+        backbones.small_heads,
         {
             "min_size": 300,  # a tile enters as it is: no resizing
             "max_size": 300,
@@ -95,7 +83,7 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     "fasterrcnn_resnet50_fpn": _Architecture(
         FasterRCNN,
         partial(resnet_fpn, "resnet50", 0, None),
-        rcnn_heads,
+        backbones.rcnn_heads,
         _ANCHORS,
         _FROZEN,
         {"norm_eps": 0.0},  # these weights were trained so
@@ -103,35 +91,35 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     "fasterrcnn_resnet50_fpn_v2": _Architecture(
         FasterRCNN,
         partial(resnet_fpn, "resnet50", 0, nn.BatchNorm2d),
-        rcnn_v2_heads,
+        backbones.rcnn_v2_heads,
         _ANCHORS,
         {"trainable_backbone_layers": 3},
     ),
     "fcos_resnet50_fpn": _Architecture(
         FCOS,
         partial(resnet_fpn, "resnet50", 256, None),
-        fcos_heads,
+        backbones.fcos_heads,
         {"anchor_sizes": [[8], [16], [32], [64], [128]]},
         _FROZEN,
     ),
     "retinanet_resnet50_fpn_v2": _Architecture(
         RetinaNet,
         partial(resnet_fpn, "resnet50", 2048, None),
-        retinanet_v2_heads,
+        backbones.retinanet_v2_heads,
         {"anchor_sizes": _THIRDS, "aspect_ratios": _RATIOS},
         {"trainable_backbone_layers": 3},
     ),
     "ssd300_vgg16": _Architecture(
         SSD,
-        vgg16_ssd,
-        ssd300_heads,
+        backbones.vgg16_ssd,
+        backbones.ssd300_heads,
         {"image_mean": [0.48235, 0.45882, 0.40784], "image_std": [1 / 255] * 3},
         {"trainable_backbone_layers": 4},
     ),
     "ssdlite320_mobilenet_v3_large": _Architecture(
         SSD,
-        mobilenet_ssdlite,
-        ssdlite_heads,
+        backbones.mobilenet_ssdlite,
+        backbones.ssdlite_heads,
         {
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
@@ -152,7 +140,7 @@ for _name, _backbone, _pretrained in (
     ("convnext_large_fasterrcnn_model", partial(features_fpn, "convnext_large"), {}),
 ):
     _ARCHITECTURES[_name] = _Architecture(
-        FasterRCNN, _backbone, rcnn_heads, _ANCHORS, _pretrained
+        FasterRCNN, _backbone, backbones.rcnn_heads, _ANCHORS, _pretrained
     )
 MODELS = tuple(_ARCHITECTURES)
 

@@ -79,12 +79,9 @@ def test_a_part_at_a_border_gives_way_to_the_whole():
 
 
 def test_an_object_at_the_border_of_the_scene_is_no_part():
-    image = square_scene([(0, 0), (800, 680)])
-    assert len(predict_scene(BrightSquares().eval(), image, 300, 0.2)["scores"]) == 2
-
-
-def test_an_empty_scene_gives_empty_arrays():
-    found = predict_scene(BrightSquares().eval(), square_scene([]), 300, 0.2)
+    model, image = BrightSquares().eval(), square_scene([(0, 0), (800, 680)])
+    assert len(predict_scene(model, image, 300, 0.2)["scores"]) == 2
+    found = predict_scene(model, square_scene([]), 300, 0.2)
     assert found["boxes_xyxy"].shape == (0, 4) and found["scores"].shape == (0,)
 
 
@@ -166,12 +163,13 @@ def test_a_file_gives_the_boxes_of_its_pixels(tmp_path, kind):
     path = tmp_path / ("scene.png" if kind == "png" else "scene.tif")
     if kind == "png":
         cv2.imwrite(str(path), image)
-    elif kind == "planar":
-        bands = np.moveaxis(image, -1, 0)
-        tifffile.imwrite(path, bands, photometric="rgb", planarconfig="separate")
     else:
-        packed = "lzw" if kind == "lzw" else None
-        tifffile.imwrite(path, image, photometric="rgb", compression=packed)
+        planar, packed = kind == "planar", "lzw" if kind == "lzw" else None
+        bands = np.moveaxis(image, -1, 0) if planar else image
+        config = "separate" if planar else "contig"
+        tifffile.imwrite(
+            path, bands, photometric="rgb", planarconfig=config, compression=packed
+        )
     wanted = predict_scene(BrightSquares(), image, size=200)
     found = predict_scene(BrightSquares(), str(path) if kind == "str" else path, 200)
     assert len(wanted["scores"]) == 4
@@ -285,9 +283,6 @@ def test_geojson_follows_the_transform_of_the_scene():
         assert ring.max(axis=0) == pytest.approx([500_039, 4_000_000 - 60])
         assert winding(ring - ring.mean(axis=0)) > 0
         assert content["crs"]["properties"]["name"] == crs
-
-
-def test_geojson_of_nothing_is_an_empty_collection():
     nothing = {key: value[:0] for key, value in FOUND.items()}
     empty = {"type": "FeatureCollection", "features": []}
     assert to_geojson(nothing, NAMES) == empty
