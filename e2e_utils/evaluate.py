@@ -5,7 +5,8 @@ Copy: this file.
 COCO's own cap of 100 detections hides every object beyond the hundredth, and a
 satellite scene can hold thousands. The caps are an argument here. The matching runs in
 faster_coco_eval, whose figures equal pycocotools' and which is several times faster.
-The xView score and whole scenes are in scores.py; what goes wrong is in mistakes.py.
+The xView score and whole scenes are in xview_score.py; what goes wrong is in
+mistakes.py.
 """
 
 from __future__ import annotations
@@ -23,13 +24,21 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import nn
 
 AREAS = ("all", "small", "medium", "large")
-# what the searcher of a platform may name as its metric -> the key of `coco_metrics`
+# What searchers and dashboards call a metric -> its key in `coco_metrics`
 METRICS = {
     "mAP": "AP",
     "mAP_50": "AP50",
     "mAP_75": "AP75",
-    **{f"mAP_{area}": f"AP_{area}" for area in AREAS[1:]},
+    "mAP_small": "AP_small",
+    "mAP_medium": "AP_medium",
+    "mAP_large": "AP_large",
 }
+
+
+def searcher_metrics(metrics: dict) -> dict[str, float]:
+    """The figures of `coco_metrics` that have a value, by the names of `METRICS`."""
+    values = {name: metrics.get(key) for name, key in METRICS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.inference_mode()
@@ -111,6 +120,44 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _matched(
+    ground_truth: dict,
+    detections: list[dict],
+    max_dets: tuple[int, int, int],
+    image_ids: Iterable[int] | None,
+) -> COCOeval_faster:
+    """Detections matched with the ground truth, precision and recall accumulated."""
+    images = [{"id": image["id"]} for image in ground_truth["images"]]
+    rest = {"images": images, "categories": ground_truth["categories"]}
+
+    def area(row: dict) -> float:
+        return row["bbox"][2] * row["bbox"][3]
+
+    # Annotation ids from 1: the matching takes an id of 0 for "not matched".
+    truth = [
+        {"area": area(row), "iscrowd": 0, **row, "id": index}
+        for index, row in enumerate(ground_truth["annotations"], start=1)
+    ]
+    # What loadRes adds, but for a polygon of each box, which boxes do not need.
+    found = [
+        {**row, "id": index, "area": area(row), "iscrowd": 0}
+        for index, row in enumerate(detections, start=1)
+    ]
+    sides = (COCO({**rest, "annotations": rows}) for rows in (truth, found))
+    run = COCOeval_faster(*sides, "bbox")
+    run.params.maxDets = list(max_dets)
+    if image_ids is not None:
+        run.params.imgIds = sorted(image_ids)
+    run.evaluate()
+    run.accumulate()
+    return run
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values[values > -1]  # -1 marks classes without ground truth
+    return float(values.mean()) if values.size else None
+
+
 @_no_collection()
 def coco_metrics(
     ground_truth: str | Path | dict,
@@ -139,72 +186,28 @@ def coco_metrics(
         ValueError: a detection names an image that the ground truth does not have.
     """
     ground_truth = read_ground_truth(ground_truth, detections)
-    images = [{"id": image["id"]} for image in ground_truth["images"]]
-    rest = {"images": images, "categories": ground_truth["categories"]}
-    # Annotation ids from 1: the matching takes an id of 0 for "not matched".
-    truth = [
-        {
-            "id": index,
-            "image_id": row["image_id"],
-            "category_id": row["category_id"],
-            "bbox": row["bbox"],
-            "area": row.get("area", row["bbox"][2] * row["bbox"][3]),
-            "iscrowd": row.get("iscrowd", 0),
-        }
-        for index, row in enumerate(ground_truth["annotations"], start=1)
-    ]
-    # What loadRes adds, but for a polygon of each box, which boxes do not need.
-    found = [
-        {**row, "id": index, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for index, row in enumerate(detections, start=1)
-    ]
-    run = COCOeval_faster(
-        COCO({**rest, "annotations": truth}),
-        COCO({**rest, "annotations": found}),
-        "bbox",
-    )
-    run.params.maxDets = list(max_dets)
-    if image_ids is not None:
-        run.params.imgIds = sorted(image_ids)
-    run.evaluate()
-    run.accumulate()
-    precision = np.asarray(run.eval["precision"])  # (IoU, recall, class, area, cap)
-    recall = np.asarray(run.eval["recall"])  # (IoU, class, area, cap)
-
-    def mean(values: np.ndarray) -> float | None:
-        values = values[values > -1]  # -1 marks classes without ground truth
-        return float(values.mean()) if values.size else None
-
+    run = _matched(ground_truth, detections, max_dets, image_ids)
+    # (IoU, recall, class, area) of the last cap, and (IoU, class, area, cap)
+    precision = np.asarray(run.eval["precision"])[..., -1]
+    recall = np.asarray(run.eval["recall"])
     names = {c["id"]: c["name"] for c in ground_truth["categories"]}
 
     def by_class(values: np.ndarray) -> dict[str, float]:
-        means = [mean(values[..., index]) for index in range(len(run.params.catIds))]
-        table = zip(run.params.catIds, means, strict=True)
-        return {names[category]: m for category, m in table if m is not None}
+        means = ((c, _mean(values[..., i])) for i, c in enumerate(run.params.catIds))
+        return {names[c]: value for c, value in means if value is not None}
 
-    metrics: dict = {
-        "AP": mean(precision[:, :, :, 0, -1]),
-        "AP50": mean(precision[0, :, :, 0, -1]),
-        "AP75": mean(precision[5, :, :, 0, -1]),
-    }
-    for index, area in enumerate(AREAS[1:], start=1):
-        metrics[f"AP_{area}"] = mean(precision[:, :, :, index, -1])
-    for index, cap in enumerate(max_dets):
-        metrics[f"AR_{cap}"] = mean(recall[:, :, 0, index])
-    metrics["per_class"] = by_class(precision[0, :, :, 0, -1])
+    every = precision[..., 0]
+    figures = {"AP": every, "AP50": every[0], "AP75": every[5]}
+    figures |= {f"AP_{AREAS[i]}": precision[..., i] for i in (1, 2, 3)}
+    figures |= {f"AR_{cap}": recall[..., 0, i] for i, cap in enumerate(max_dets)}
+    metrics: dict = {name: _mean(values) for name, values in figures.items()}
+    metrics["per_class"] = by_class(every[0])
     if tables:
-        metrics["per_class_AP"] = by_class(precision[:, :, :, 0, -1])
+        metrics["per_class_AP"] = by_class(every)
         metrics["per_class_size"] = {
-            area: by_class(precision[0, :, :, index, -1])
-            for index, area in enumerate(AREAS[1:], start=1)
+            AREAS[i]: by_class(precision[0, ..., i]) for i in (1, 2, 3)
         }
     return metrics
-
-
-def searcher_metrics(metrics: dict) -> dict[str, float]:
-    """COCO's figures by the names of `METRICS`, those that have ground truth."""
-    table = {name: metrics.get(key) for name, key in METRICS.items()}
-    return {name: value for name, value in table.items() if value is not None}
 
 
 def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -214,53 +217,6 @@ def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return image, category, boxes
-
-
-def overlaps(
-    found_key: np.ndarray,
-    found_xyxy: np.ndarray,
-    truth_key: np.ndarray,
-    truth_xyxy: np.ndarray,
-    at_least: float,
-    chunk: int = 1_000_000,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of a found box and an object of one key whose IoU is at_least or more.
-
-    Args:
-        found_key, truth_key: int64 (N,) and (M,), e.g. the image; others never meet.
-        found_xyxy, truth_xyxy: float64 (N, 4) and (M, 4).
-        at_least: 0..1, more than 0.
-        chunk: pairs compared at a time, which bounds the memory.
-
-    Returns:
-        found int64 (P,) ascending, object int64 (P,), IoU float64 (P,).
-    """
-    order = np.argsort(truth_key, kind="stable")
-    keys = truth_key[order]
-    start = np.searchsorted(keys, found_key, "left")
-    count = np.searchsorted(keys, found_key, "right") - start
-    ends = np.cumsum(count)
-    area_found = np.prod(found_xyxy[:, 2:] - found_xyxy[:, :2], axis=1)
-    area_truth = np.prod(truth_xyxy[:, 2:] - truth_xyxy[:, :2], axis=1)
-    parts, low = [(np.empty(0, int), np.empty(0, int), np.empty(0))], 0
-    while low < len(found_key):
-        done = ends[low] - count[low]
-        high = max(low + 1, int(np.searchsorted(ends, done + chunk, "right")))
-        found = np.repeat(np.arange(low, high), count[low:high])
-        nth = np.arange(len(found)) - (ends - count)[found] + done
-        truth = order[start[found] + nth]
-        a, b = found_xyxy[found].T, truth_xyxy[truth].T
-        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-        shared = np.maximum(width, 0) * np.maximum(height, 0)
-        near = np.flatnonzero(shared)  # leaves out boxes without an area as well
-        found, truth, shared = found[near], truth[near], shared[near]
-        iou = shared / (area_found[found] + area_truth[truth] - shared)
-        keep = iou >= at_least
-        parts.append((found[keep], truth[keep], iou[keep]))
-        low = high
-    found, truth, iou = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return found, truth, iou
 
 
 def recall_ceiling(

@@ -1,6 +1,6 @@
 """What goes wrong: a confusion matrix, and every mistake by its kind.
 
-Copy: this file and evaluate.py.
+Copy: this file, boxes.py and evaluate.py.
 
 A score says how good a detector is; the kinds of its mistakes say what to do about it.
 Both functions give counts and lead back to the boxes, so that they can be looked at.
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .evaluate import columns, overlaps, read_ground_truth
+from .boxes import iou_pairs, nearest
+from .evaluate import columns, read_ground_truth
 
 KINDS = (
     "correct",
@@ -95,7 +96,7 @@ def confusion_matrix(
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
     found, objects = _greedy(
-        *overlaps(found_image, found_boxes, image, boxes, iou_threshold)
+        *iou_pairs(found_boxes, found_image, boxes, image, iou_threshold)
     )
     label = {c["id"]: i for i, c in enumerate(ground_truth["categories"], start=1)}
     of_object = np.array([label[i] for i in category.tolist()], np.int64)
@@ -107,16 +108,12 @@ def confusion_matrix(
     return matrix
 
 
-def _nearest(
-    count: int, found: np.ndarray, objects: np.ndarray, iou: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(count: int, *pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest IoU of each of `count` detections and its object; 0, -1 for none."""
-    order = np.lexsort((objects, -iou, found))
-    which, first = np.unique(found[order], return_index=True)
-    best, nearest = np.zeros(count), np.full(count, -1)
-    best[which] = iou[order][first]
-    nearest[which] = objects[order][first]
-    return best, nearest
+    best, objects = np.zeros(count), np.full(count, -1)
+    which, its_object, iou = nearest(*pairs)
+    best[which], objects[which] = iou, its_object
+    return best, objects
 
 
 def mistakes(
@@ -165,7 +162,7 @@ def mistakes(
     ground_truth, index, kept = _select(ground_truth, detections, score_threshold)
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
-    pairs = overlaps(found_image, found_boxes, image, boxes, background_iou)
+    pairs = iou_pairs(found_boxes, found_image, boxes, image, background_iou)
     own = found_category[pairs[0]] == category[pairs[1]]
     matched, objects = _greedy(*(p[own & (pairs[2] >= iou_threshold)] for p in pairs))
     own_iou, own_object = _nearest(len(kept), *(p[own] for p in pairs))

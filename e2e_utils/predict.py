@@ -1,6 +1,6 @@
 """A picture or a whole scene in, boxes out: as arrays, as GeoJSON, as COCO results.
 
-Copy: this file, grid.py (the one tile grid), scenes.py and files.py.
+Copy: this file, boxes.py, grid.py, scenes.py and files.py.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -22,11 +22,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .boxes import nms, parts_of_others
 from .files import write_file
 from .grid import tile_grid
 from .scenes import read_rgb, read_window
 
-PAIRS = 1_000_000  # boxes compared at a time: bounds the memory of merging
+_KEYS = ("boxes", "labels", "scores")
 
 
 def _check(image: np.ndarray) -> None:
@@ -42,17 +43,13 @@ def _tensors(tiles: list[np.ndarray], device: torch.device) -> list[torch.Tensor
     return list(batch.permute(0, 3, 1, 2).float().div_(255))
 
 
-def _found(
+def _detections(
     boxes: np.ndarray,
     labels: np.ndarray,
     scores: np.ndarray,
     class_names: Sequence[str] | None,
 ) -> dict:
-    found: dict = {
-        "boxes_xyxy": boxes.astype(np.float32),
-        "labels": labels,
-        "scores": scores.astype(np.float32),
-    }
+    found: dict = {"boxes_xyxy": boxes, "labels": labels, "scores": scores}
     if class_names is not None:
         found["names"] = _names(labels, class_names)
     return found
@@ -89,10 +86,9 @@ def predict_image(
     _check(image)
     output = model(_tensors([image], next(model.parameters()).device))[0]
     keep = output["scores"] >= score_threshold
-    boxes, labels, scores = (
-        output[key][keep].cpu().numpy() for key in ("boxes", "labels", "scores")
-    )
-    return _found(boxes, labels, scores, class_names)
+    boxes, labels, scores = (output[k][keep].cpu() for k in _KEYS)
+    arrays = boxes.float().numpy(), labels.numpy(), scores.float().numpy()
+    return _detections(*arrays, class_names)
 
 
 @torch.inference_mode()
@@ -141,25 +137,20 @@ def predict_scene(
     grid = tile_grid(height, width, size, overlap)
     edge = torch.tensor([0, 0, width, height], device=device)
     tiles, starts = _tiles(rows, grid), range(0, len(grid), batch_size)
-    # One table that grows, x1 y1 x2 y2 label score cut. A list of small tensors would
-    # lie between the large ones of the forward passes and keep their memory from use.
-    table, count = np.empty((4096, 7), np.float32), 0
+    # One table. A list of small tensors would lie between the large ones of the forward
+    # passes and keep their memory from use.
+    table = np.empty((0, 7), np.float32)  # x1 y1 x2 y2 label score cut
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     with autocast, _channels_last(model):
         for start in tqdm(starts, desc="tiles", unit="batch", disable=not progress):
             outputs = model(_tensors(list(islice(tiles, batch_size)), device))
             corners = torch.from_numpy(grid[start : start + batch_size]).to(device)
             part = _in_scene(outputs, corners, edge, score_threshold, border)
-            if count + len(part) > len(table):
-                table = np.concatenate([table, np.empty_like(table), part])
-            table[count : count + len(part)] = part
-            count += len(part)
-    found = table[:count]
-    boxes, scores, cut = found[:, :4], found[:, 5], found[:, 6] > 0
-    labels = found[:, 4].astype(np.int64)
-    keep = _nms(boxes, scores, labels, nms_threshold)
-    keep = keep[~_parts(boxes[keep], labels[keep], cut[keep])]
-    return _found(boxes[keep], labels[keep], scores[keep], class_names)
+            table = np.concatenate([table, part])
+    table = table[nms(table[:, :4], table[:, 5], table[:, 4], nms_threshold)]
+    boxes, labels, cut = table[:, :4], table[:, 4].astype(np.int64), table[:, 6] > 0
+    whole = ~parts_of_others(boxes, labels, cut)
+    return _detections(boxes[whole], labels[whole], table[whole, 5], class_names)
 
 
 @contextmanager
@@ -190,8 +181,7 @@ def _in_scene(
     """The boxes of some tiles, float32 (N, 7): xyxy in the scene, label, score, cut."""
     counts = torch.tensor([len(o["scores"]) for o in outputs], device=edge.device)
     boxes, labels, scores = (
-        torch.cat([output[key] for output in outputs]).float()
-        for key in ("boxes", "labels", "scores")
+        torch.cat([output[key] for output in outputs]).float() for key in _KEYS
     )
     keep = scores >= score_threshold
     tile = corners.repeat_interleave(counts, dim=0)[keep]
@@ -226,83 +216,6 @@ def _tiles(rows: Callable, grid: np.ndarray) -> Iterator[np.ndarray]:
         yield strip[:, x1:x2]
 
 
-def _near(
-    boxes_xyxy: np.ndarray, labels: np.ndarray, of: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of a box in `of` and any box of its class that may overlap, piece by piece.
-
-    Boxes are sorted by class, by bands as high as the tallest box, and by x1. What can
-    overlap a box then stands in three stretches, one each in its own band and the two
-    beside it, so that neither time nor memory grows with the square of the boxes.
-    """
-    if not len(of):
-        return
-    widest, tallest = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).max(axis=0) + 1.0
-    x1, y1, x2, _ = (boxes_xyxy - boxes_xyxy.min(axis=0)[[0, 1, 0, 1]]).astype(float).T
-    band = (y1 // tallest).astype(np.int64) + 1
-    row, span = labels * (band.max() + 2) + band, x2.max() + 2 * float(widest)
-    order = np.argsort(row * span + x1)
-    key = (row * span + x1)[order]
-    for beside in (-1, 0, 1):
-        start = (row[of] + beside) * span
-        low = np.searchsorted(key, start + x1[of] - widest)
-        count = np.searchsorted(key, start + x2[of], "right") - low
-        ends = np.cumsum(count)
-        stops = np.searchsorted(ends, np.arange(PAIRS, ends[-1], PAIRS))
-        for chunk in np.split(np.arange(len(of)), np.unique(stops)):
-            n = count[chunk]
-            first = np.repeat(low[chunk] - np.cumsum(n) + n, n)
-            yield np.repeat(of[chunk], n), order[first + np.arange(n.sum())]
-
-
-def _shared(boxes_xyxy: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Area that the boxes of each pair have in common."""
-    sides = np.minimum(boxes_xyxy[one, 2:], boxes_xyxy[other, 2:])
-    sides -= np.maximum(boxes_xyxy[one, :2], boxes_xyxy[other, :2])
-    return sides.clip(min=0).prod(axis=1)
-
-
-def _nms(
-    boxes_xyxy: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float
-) -> np.ndarray:
-    """Indices that stay, best first: what torchvision's `batched_nms` keeps.
-
-    torchvision compares all pairs, which takes minutes for 100,000 boxes of a class,
-    and for few boxes sets the classes apart by shifting them, which costs a tenth of a
-    pixel in float32 on a large scene with 60 classes. Here only neighbours meet.
-    """
-    best_first = np.argsort(-scores, kind="stable")
-    rank = np.empty_like(best_first)
-    rank[best_first] = np.arange(len(rank))
-    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
-    pairs = [(best_first[:0], best_first[:0])]
-    for one, other in _near(boxes_xyxy, labels, best_first):
-        better = rank[other] < rank[one]
-        one, other = one[better], other[better]
-        shared = _shared(boxes_xyxy, one, other)
-        close = shared > threshold * (area[one] + area[other] - shared)
-        pairs.append((one[close], other[close]))
-    worse, better = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    dropped, stays = np.zeros(len(rank), bool), np.ones(len(rank), bool)
-    while len(worse):
-        stays[:] = True
-        stays[worse] = False  # something better is near and not dropped yet
-        dropped[worse[stays[better]]] = True
-        open_ = ~dropped[worse] & ~dropped[better]
-        worse, better = worse[open_], better[open_]
-    return best_first[~dropped[best_first]]
-
-
-def _parts(boxes_xyxy: np.ndarray, labels: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """Which boxes are cut and lie for the most part in a larger one of their class."""
-    dropped = np.zeros(len(cut), bool)
-    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
-    for one, other in _near(boxes_xyxy, labels, np.flatnonzero(cut)):
-        covers = _shared(boxes_xyxy, one, other) > 0.6 * area[one]
-        dropped[one[covers & (area[other] > area[one])]] = True
-    return dropped
-
-
 def to_geojson(
     found: dict,
     class_names: Sequence[str],
@@ -322,7 +235,7 @@ def to_geojson(
             y = d * column + e * row + f, as rasterio's `dataset.transform`. Without it
             the polygons are in pixels of the scene, y downwards.
         image_id: the scene's file name.
-        type_ids: xView's id of label 1, 2, ...: `list(convert.read_classes())`.
+        type_ids: xView's id of label 1, 2, ...: `list(classes.read_classes())`.
         crs: of the coordinates after `transform`, such as
             "urn:ogc:def:crs:EPSG::32616". GeoJSON without it means longitude, latitude.
 
@@ -347,12 +260,15 @@ def to_geojson(
         found["scores"].tolist(),
         strict=True,
     ):
-        properties = {"bounds_imcoords": ",".join(map(str, bounds)), "label": label}
-        properties |= {"class_name": name, "score": score}
-        if image_id is not None:
-            properties["image_id"] = image_id
-        if type_ids is not None:
-            properties["type_id"] = type_ids[label - 1]
+        properties = {
+            "bounds_imcoords": ",".join(map(str, bounds)),
+            "label": label,
+            "class_name": name,
+            "score": score,
+            "image_id": image_id,
+            "type_id": type_ids[label - 1] if type_ids is not None else None,
+        }
+        properties = {key: v for key, v in properties.items() if v is not None}
         polygon = {"type": "Polygon", "coordinates": [ring]}
         features.append(
             {"type": "Feature", "properties": properties, "geometry": polygon}

@@ -9,7 +9,7 @@
 SIGTERM makes it save and end with exit code 143; the same command goes on from there.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
-sampling.py, models.py, hardware.py, optim.py and evaluate.py.
+sampling.py, models.py, backbones.py, hardware.py, optim.py and evaluate.py.
 """
 
 from __future__ import annotations

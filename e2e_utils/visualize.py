@@ -1,4 +1,4 @@
-"""Pictures: boxes on tiles and scenes, curves, bars, sizes, a confusion matrix.
+"""Pictures: boxes on tiles and scenes, curves, bars, a confusion matrix.
 
 Copy: this file.
 
@@ -9,7 +9,7 @@ the classes instead of captions on boxes that are smaller than a letter.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import cv2
 import matplotlib.pyplot as plt
@@ -29,10 +29,19 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _rgb(label: int) -> tuple[float, float, float]:
-    """The same colour as matplotlib takes it, 0..1."""
-    red, green, blue = class_color(label)
-    return red / 255, green / 255, blue / 255
+def _rgb(label: int) -> str:
+    """The same colour as matplotlib takes it."""
+    return "#{:02x}{:02x}{:02x}".format(*class_color(label))
+
+
+def _axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple:
+    """A figure of so many inches, and its axes as a flat array."""
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+        )
+    plt.close(figure)  # a notebook shows the returned figure, once
+    return figure, axes.flat
 
 
 def draw_boxes(
@@ -80,12 +89,10 @@ def draw_boxes(
 def _caption(canvas: np.ndarray, text: str, x: int, y: int, color: tuple) -> None:
     font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.38
     (width, height), _ = cv2.getTextSize(text, font, size, 1)
-    top = max(y, height + 4)
-    left = max(0, min(x, canvas.shape[1] - width - 2))
+    top, left = max(y, height + 4), max(0, min(x, canvas.shape[1] - width - 2))
     corner = (left + width + 2, top)
     cv2.rectangle(canvas, (left, top - height - 4), corner, color, -1)
-    dark = sum(color) > 380
-    ink = (0, 0, 0) if dark else (255, 255, 255)
+    ink = (0, 0, 0) if sum(color) > 380 else (255, 255, 255)
     cv2.putText(canvas, text, (left + 1, top - 3), font, size, ink, 1, cv2.LINE_AA)
 
 
@@ -115,16 +122,12 @@ def show(
     present = sorted({int(label) for label in labels})
     extra = 0.25 * bool(titles) * rows + 0.25 * -(-len(present) // 5)
     height = width / columns * aspect * rows + extra
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
+    figure, axes = _axes(width, height, rows, columns)
+    for index, axis in enumerate(axes):
         axis.axis("off")
-    for index, image in enumerate(images):
-        axis = axes.flat[index]
-        axis.imshow(image, interpolation="antialiased")
-        if titles:
-            axis.set_title(titles[index], fontsize=10)
+        if index < len(images):
+            axis.imshow(images[index], interpolation="antialiased")
+            axis.set_title(titles[index] if titles else "", fontsize=10)
     if present:
         handles = [Patch(color=_rgb(i), label=class_names[i]) for i in present]
         figure.legend(
@@ -134,7 +137,6 @@ def show(
             fontsize=9,
             frameon=False,
         )
-    plt.close(figure)  # a notebook shows the returned figure, once
     return figure
 
 
@@ -145,17 +147,16 @@ def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
         records: lines of metrics.jsonl: {"step", "loss", ...} or {"step", score, ...}.
         score: the key of the validation score, 0..1.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    scores = [(r["step"], r[score]) for r in records if r.get(score) is not None]
-    left.plot(*zip(*losses, strict=True), color="tab:blue")
-    left.set(xlabel="step", ylabel="loss (mean of 20 steps)", ylim=(0, None))
-    right.plot(*zip(*scores, strict=True), "o-", color="tab:orange")
-    right.set(xlabel="step", ylabel=f"{score}, validation tiles", ylim=(0, 1))
-    for axis in (left, right):
+    figure, (left, right) = _axes(9, 3.2, columns=2)
+    for axis, key, marks, color in (
+        (left, "loss", "-", "tab:blue"),
+        (right, score, "o-", "tab:orange"),
+    ):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        axis.plot(*zip(*points, strict=True), marks, color=color)
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
+    left.set(xlabel="step", ylabel="loss (mean of 20 steps)", ylim=(0, None))
+    right.set(xlabel="step", ylabel=f"{score}, validation tiles", ylim=(0, 1))
     return figure
 
 
@@ -181,16 +182,11 @@ def bars(
         _rgb(list(class_names).index(name)) if name in class_names else "tab:blue"
         for name in order
     ]
-    height = 0.7 + 0.28 * len(order)
-    figure, axis = plt.subplots(figsize=(7.5, height), layout="constrained")
+    figure, (axis,) = _axes(7.5, 0.7 + 0.28 * len(order))
     drawn = axis.barh(order, [values[name] for name in order], color=colors)
     axis.bar_label(drawn, [form.format(values[n]) for n in order], padding=3, size=9)
-    axis.set_xlabel(xlabel)
-    if log:
-        axis.set_xscale("log")
+    axis.set(xlabel=xlabel, xscale="log" if log else "linear")
     axis.margins(x=0.12)
-    axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
     return figure
 
 
@@ -208,7 +204,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     part = matrix[np.ix_(order, order)]
     shares = part / np.maximum(part.sum(axis=1, keepdims=True), 1)
     size = min(11.0, 2.5 + 0.38 * len(order))
-    figure, axis = plt.subplots(figsize=(size, size * 0.9), layout="constrained")
+    figure, (axis,) = _axes(size, size * 0.9)
+    axis.spines[:].set_visible(True)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = [names[i] for i in order]
     axis.set_xticks(range(len(order)), ticks, rotation=90, fontsize=8)
@@ -217,48 +214,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     if len(order) <= 25:
         for row, column in np.argwhere(part):
             ink = "white" if shares[row, column] > 0.5 else "black"
-            text = str(part[row, column])
-            axis.text(column, row, text, ha="center", va="center", color=ink, size=7)
-    plt.close(figure)
-    return figure
-
-
-def size_histogram(
-    areas: Mapping[str, Sequence[float]], ylabel: str = "objects"
-) -> Figure:
-    """How large objects are, with COCO's bounds of small, medium and large.
-
-    Args:
-        areas: name -> areas in pixels^2, more than 0; several are stacked.
-        ylabel: what is counted.
-
-    Raises:
-        ValueError: there is no area.
-    """
-    sides = [np.sqrt(np.asarray(values, np.float64)) for values in areas.values()]
-    every = np.concatenate([*sides, np.empty(0)])
-    if not len(every):
-        raise ValueError(f"no area in {list(areas)}: nothing to draw")
-    low, high = min(4.0, every.min()), max(128.0, every.max())
-    figure, axis = plt.subplots(figsize=(7.5, 3), layout="constrained")
-    axis.hist(
-        sides,
-        np.geomspace(low, high, 30).tolist(),
-        stacked=True,
-        label=list(areas),
-        rwidth=0.95,
-    )
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    for side, name in ((32, "small | medium"), (96, "medium | large")):
-        axis.axvline(side, color="0.4", linestyle="--", linewidth=1)
-        axis.text(side, 1.01, name, transform=axis.get_xaxis_transform(), ha="center")
-    axis.set(xlabel="side of the object, square root of its area, pixels")
-    axis.set_ylabel(ylabel)
-    axis.spines[["top", "right"]].set_visible(False)
-    if len(sides) > 1:
-        axis.legend(frameon=False)
-    plt.close(figure)
+            where = {"ha": "center", "va": "center", "color": ink, "size": 7}
+            axis.text(column, row, str(part[row, column]), **where)
     return figure
 
 
@@ -280,24 +237,18 @@ def close_up(
     Returns:
         uint8 (size, size, 3), RGB; black beyond the borders of the image.
     """
-    boxes = [
-        (np.asarray(box, np.float64), color, width)
-        for box, color, width in (
-            (labelled_xyxy, (255, 255, 255), 3),
-            (found_xyxy, (255, 0, 0), 2),
-        )
-        if box is not None
-    ]
-    if not boxes:
+    white, red = (255, 255, 255), (255, 0, 0)
+    given = ((labelled_xyxy, white, 3), (found_xyxy, red, 2))
+    drawn = [(np.array(b, float), c, w) for b, c, w in given if b is not None]
+    if not drawn:
         raise ValueError("close_up needs labelled_xyxy or found_xyxy; both are None")
-    low = np.min([box[:2] for box, _, _ in boxes], axis=0)
-    high = np.max([box[2:] for box, _, _ in boxes], axis=0)
+    low = np.min([box[:2] for box, _, _ in drawn], axis=0)
+    high = np.max([box[2:] for box, _, _ in drawn], axis=0)
     side = max(float(least), 1.5 * float((high - low).max()))
     corner, scale = (low + high - side) / 2, size / side
     matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
     canvas = cv2.warpAffine(np.ascontiguousarray(image), matrix, (size, size))
-    for box, color, width in boxes:
-        x1, y1, x2, y2 = np.round((box - np.tile(corner, 2)) * scale).astype(int)
-        corners = (int(x1), int(y1)), (int(x2), int(y2))
-        cv2.rectangle(canvas, *corners, color, width)
+    for box, color, width in drawn:
+        corners = np.round((box - np.tile(corner, 2)) * scale).astype(int).tolist()
+        cv2.rectangle(canvas, corners[:2], corners[2:], color, width)
     return canvas

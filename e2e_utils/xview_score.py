@@ -1,6 +1,6 @@
 """The xView score, and three scores of one detector side by side.
 
-Copy: this file and evaluate.py.
+Copy: this file, boxes.py and evaluate.py.
 
 The xView score is that of the challenge's own score.py, so that a result can be set
 beside published ones. The three scores show what is left of a figure on tiles when
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .evaluate import coco_metrics, columns, overlaps, read_ground_truth
+from .boxes import iou_pairs, nearest
+from .evaluate import coco_metrics, columns, read_ground_truth
 
 # xView's type ids by size and frequency of the class, from score.py and the README of
 # https://github.com/DIUx-xView/xView1_baseline
@@ -93,45 +94,45 @@ def xview_score(
     truth, found = ground_truth["annotations"], detections
     if image_ids is not None:
         wanted = set(image_ids)
-        truth = [row for row in truth if row["image_id"] in wanted]
-        found = [row for row in found if row["image_id"] in wanted]
-    found = [row for row in found if row["score"] > 0]
-    found = sorted(found, key=lambda row: -row["score"])
+        truth, found = (
+            [row for row in rows if row["image_id"] in wanted]
+            for rows in (truth, found)
+        )
+    found = sorted((r for r in found if r["score"] > 0), key=lambda row: -row["score"])
     image, truth_class, truth_boxes = columns(truth)
     found_image, found_class, found_boxes = columns(found)
-    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
     step = 1 + max(truth_class.max(initial=0), found_class.max(initial=0))
     truth_key, found_key = image * step + truth_class, found_image * step + found_class
-    pairs = overlaps(found_key, found_boxes, truth_key, truth_boxes, iou_threshold)
-    best = np.lexsort((pairs[1], -pairs[2], pairs[0]))  # the largest IoU of each first
-    claims, first = np.unique(pairs[0][best], return_index=True)
-    _, winner = np.unique(pairs[1][best][first], return_index=True)
+    pairs = iou_pairs(found_boxes, found_key, truth_boxes, truth_key, iou_threshold)
+    claims, objects, _ = nearest(*pairs)
     hit = np.zeros(len(found), bool)
-    hit[claims[winner]] = True
+    hit[claims[np.unique(objects, return_index=True)[1]]] = True
     counted = every_object | np.isin(truth_key, found_key)
 
     ap, precision, recall = {}, [], []
     for category in np.unique(truth_class).tolist():
         mine = hit[found_class == category]
-        objects = int(counted[truth_class == category].sum())
-        ap[category] = voc_ap(mine, objects) if objects else 0.0
-        if objects:
-            recall.append(mine.sum() / objects)
-        if objects and len(mine):
+        count = int(counted[truth_class == category].sum())
+        ap[category] = voc_ap(mine, count) if count else 0.0
+        if count:
+            recall.append(mine.sum() / count)
+        if count and len(mine):
             precision.append(mine.mean())
 
-    def mean(values: list) -> float | None:
-        return float(np.mean(values)) if values else None
-
+    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
     if groups is None:
         groups = XVIEW_GROUPS if sorted(names) == list(range(60)) else {}
-    scores = {"mAP": mean(list(ap.values()))}
+    scores = {"mAP": _mean(list(ap.values()))}
     for group, ids in groups.items():
-        scores[f"mAP_{group}"] = mean([ap[i] for i in sorted(ids) if i in ap])
-    p, r = mean(precision), mean(recall)
+        scores[f"mAP_{group}"] = _mean([ap[i] for i in sorted(ids) if i in ap])
+    p, r = _mean(precision), _mean(recall)
     f1 = 2 * p * r / (p + r) if p and r else (0.0 if ap else None)
     per_class = {names[category]: value for category, value in ap.items()}
     return scores | {"precision": p, "recall": r, "f1": f1, "per_class": per_class}
+
+
+def _mean(values: list) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def three_scores(
@@ -160,19 +161,14 @@ def three_scores(
     tiles = read_ground_truth(tile_truth, tile_detections), tile_detections
     scenes = read_ground_truth(scene_truth, scene_detections), scene_detections
     filled = sorted({row["image_id"] for row in tiles[0]["annotations"]})
-
-    def scores(
-        pair: tuple[dict, list[dict]],
-        caps: tuple[int, int, int],
-        ids: list[int] | None = None,
-    ) -> dict:
-        figures = coco_metrics(*pair, caps, ids)
-        figures["xview"] = xview_score(*pair, image_ids=ids)["mAP"]
-        full = xview_score(*pair, every_object=True, image_ids=ids)
-        return figures | {"xview_every_object": full["mAP"]}
-
-    return {
-        "tiles with objects": scores(tiles, max_dets, filled),
-        "all tiles": scores(tiles, max_dets),
-        "whole scenes": scores(scenes, scene_max_dets),
-    }
+    scores = {}
+    for name, pair, caps, ids in (
+        ("tiles with objects", tiles, max_dets, filled),
+        ("all tiles", tiles, max_dets, None),
+        ("whole scenes", scenes, scene_max_dets, None),
+    ):
+        scores[name] = coco_metrics(*pair, caps, ids)
+        for key, every in (("xview", False), ("xview_every_object", True)):
+            xview = xview_score(*pair, every_object=every, image_ids=ids)
+            scores[name][key] = xview["mAP"]
+    return scores

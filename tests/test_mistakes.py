@@ -6,7 +6,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from e2e_utils.evaluate import coco_metrics
 from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes
+from e2e_utils.xview_score import xview_score
 
 NAMES = ["plane", "ship", "tank"]
 
@@ -55,28 +57,22 @@ def test_one_mistake_of_each_kind():
     }
 
 
-def test_a_missed_object_that_was_only_confused_is_not_missed_as_well():
+def test_a_confused_object_is_not_missed_and_an_image_without_objects_is_background():
     kinds = mistakes(coco((1, 0)), found((0, 0, 0.9)))
     assert len(kinds["missed"]) == 0 and kinds["confusion"].tolist() == [[0, 0]]
-
-
-def test_detections_in_an_image_without_objects_are_background():
-    boxes = [{**found((0, 0, 0.9))[0], "image_id": 2}]
-    kinds = mistakes(coco((0, 0)), boxes)
+    kinds = mistakes(coco((0, 0)), [{**found((0, 0, 0.9))[0], "image_id": 2}])
     assert kinds["background"].tolist() == [[0, -1]]
     assert kinds["missed"].tolist() == [[-1, 0]]
 
 
-def test_no_detections_miss_every_object():
-    kinds = mistakes(coco((0, 0), (1, 50)), [])
-    assert {kind: len(rows) for kind, rows in kinds.items() if len(rows)} == {
-        "missed": 2
+def test_without_detections_all_is_missed_without_objects_all_is_background():
+    truth = coco((0, 0), (1, 50))
+    counts = {
+        kind: len(rows) for kind, rows in mistakes(truth, []).items() if len(rows)
     }
-    matrix = confusion_matrix(coco((0, 0), (1, 50)), [])
+    assert counts == {"missed": 2}
+    matrix = confusion_matrix(truth, [])
     assert matrix[:, 0].tolist() == [0, 1, 1, 0] and matrix.sum() == 2
-
-
-def test_nothing_labelled_makes_every_detection_background():
     boxes = found((0, 0, 0.9), (2, 0, 0.8))
     assert len(mistakes(coco(), boxes)["background"]) == 2
     assert confusion_matrix(coco(), boxes)[0].tolist() == [0, 1, 0, 1]
@@ -154,12 +150,13 @@ def test_what_is_correct_equals_the_matches_of_pycocotools(seed):
     assert set(map(tuple, correct.tolist())) == matches
 
 
-def test_an_unknown_category_is_an_error():
+def test_unknown_images_and_categories_and_mixed_up_thresholds_are_errors():
+    elsewhere = [{**found((0, 0, 0.9))[0], "image_id": 99}]
+    for function in (mistakes, confusion_matrix, xview_score, coco_metrics):
+        with pytest.raises(ValueError, match=r"not in the ground truth: \[99\]"):
+            function(coco((0, 0)), elsewhere)
     for function in (mistakes, confusion_matrix):
         with pytest.raises(ValueError, match=r"categories not in .*: \[7\]"):
             function(coco((0, 0)), found((7, 0, 0.9)))
-
-
-def test_thresholds_out_of_order_are_an_error():
     with pytest.raises(ValueError, match="background_iou is 0.6"):
         mistakes(coco(), [], background_iou=0.6)

@@ -222,13 +222,17 @@ def test_resolved_settings_survive_a_default_that_changes(monkeypatch):
     resolved = resolved_settings("fasterrcnn_small", rpn_nms_thresh=0.6)
     assert resolved["rpn_nms_thresh"] == 0.6
     before = parts("fasterrcnn_small", **resolved)
-    later = {**models._DEFAULTS["fasterrcnn_small"], "min_size": 1, "image_std": [1.0]}
-    monkeypatch.setitem(models._DEFAULTS, "fasterrcnn_small", later)
+    now = models._ARCHITECTURES["fasterrcnn_small"].defaults
+    monkeypatch.setitem(now, "min_size", 1)
+    monkeypatch.setitem(now, "image_std", [1.0])
     assert parts("fasterrcnn_small") != before
     assert parts("fasterrcnn_small", **resolved) == before
 
 
-@pytest.mark.parametrize("name", sorted(models._FAMILIES))
+OF_TORCHVISION = [name for name in MODELS if hasattr(detection, name)]
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
 def test_our_defaults_are_those_of_torchvision(name):
     with torch.device("meta"):
         builder = getattr(detection, name)
@@ -303,11 +307,51 @@ def test_what_began_with_pretrained_weights_is_rebuilt_without(
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_frozen_norm_has_nothing_to_learn():
+    frozen = without_storage("fasterrcnn_resnet50_fpn", backbone_norm="frozen")
+    names = {type(m).__name__ for m in frozen.backbone.body.modules()}
+    assert "FrozenBatchNorm2d" in names and "BatchNorm2d" not in names
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_coco_weights_reach_all_but_the_head_that_knows_the_classes(name, monkeypatch):
+    with torch.device("meta"):
+        builder = getattr(detection, name)
+        layout = builder(weights=None, weights_backbone=None).state_dict()
+    state = {key: torch.full(value.shape, 1.0) for key, value in layout.items()}
+    if name == "fasterrcnn_resnet50_fpn":  # the file there is older than this name
+        for kind in ("weight", "bias"):
+            old = state.pop(f"rpn.head.conv.0.0.{kind}")
+            state[f"rpn.head.conv.{kind}"] = old
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
+    settings = (
+        {"aspect_ratios": [1, 2]} if "aspect_ratios" in model_settings(name) else {}
+    )
+    model = build_model(name, 5, weights="DEFAULT", **settings)
+    fresh = {k for k, v in model.state_dict().items() if not (v == 1).all()}
+    classifier = {k for k in fresh if "classification_head" in k or "predictor" in k}
+    anchors = {k for k in fresh - classifier if "head" in k}
+    assert classifier and fresh == classifier | anchors
+    assert bool(anchors) == bool(settings)
+
+
+def test_coco_weights_that_do_not_fit_the_settings_are_an_error(monkeypatch):
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    with pytest.raises(ValueError, match="do not fit its settings.*Missing"):
+        build_model("ssdlite320_mobilenet_v3_large", 5, weights="DEFAULT")
+    with pytest.raises(ValueError, match="no COCO weights for resnet152"):
+        with torch.device("meta"):
+            build_model("resnet152_fpn_fasterrcnn", 5, weights="DEFAULT")
+    with pytest.raises(ValueError, match="reduced_tail"):
+        kwargs = {"weights_backbone": "DEFAULT", "reduced_tail": True}
+        build_model("ssdlite320_mobilenet_v3_large", 5, **kwargs)
+
+
 def test_a_failed_download_says_what_to_do(monkeypatch):
-    def no_network(**_):
+    def no_network(*_, **__):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(detection, "fasterrcnn_resnet50_fpn", no_network)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", no_network)
     with pytest.raises(RuntimeError, match="could not be downloaded.*weights=None"):
         build_model("fasterrcnn_resnet50_fpn", weights="DEFAULT")
 

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -10,9 +9,7 @@ import pytest
 import tifffile
 import torch
 from torch import nn
-from torchvision.ops import batched_nms
 
-from e2e_utils import predict
 from e2e_utils.classes import read_classes
 from e2e_utils.evaluate import to_coco
 from e2e_utils.models import build_model
@@ -61,7 +58,9 @@ def square_scene(corners, size=20, shape=(700, 820)):
 def test_a_scene_gives_each_object_once_at_its_place():
     # 250..270 lies in the overlap of two tiles, 690 in the last, shifted one
     corners = [(10, 10), (250, 40), (500, 250), (790, 670)]
-    found = predict_scene(BrightSquares().eval(), square_scene(corners), 300, 0.2)
+    model = BrightSquares().eval()
+    found = predict_scene(model, square_scene(corners), 300, 0.2, batch_size=5)
+    assert model.batches == [5, 5, 2]  # a grid of 3 x 4
     boxes = sorted(map(tuple, found["boxes_xyxy"].astype(int).tolist()))
     assert boxes == sorted((x, y, x + 20, y + 20) for x, y in corners)
     assert found["labels"].tolist() == [3] * 4
@@ -80,18 +79,9 @@ def test_a_part_at_a_border_gives_way_to_the_whole():
 
 
 def test_an_object_at_the_border_of_the_scene_is_no_part():
-    image = square_scene([(0, 0), (800, 680)])
-    assert len(predict_scene(BrightSquares().eval(), image, 300, 0.2)["scores"]) == 2
-
-
-def test_tiles_go_through_in_batches():
-    model = BrightSquares().eval()
-    predict_scene(model, square_scene([]), 300, 0.2, batch_size=5)
-    assert model.batches == [5, 5, 2]  # a grid of 3 x 4
-
-
-def test_an_empty_scene_gives_empty_arrays():
-    found = predict_scene(BrightSquares().eval(), square_scene([]), 300, 0.2)
+    model, image = BrightSquares().eval(), square_scene([(0, 0), (800, 680)])
+    assert len(predict_scene(model, image, 300, 0.2)["scores"]) == 2
+    found = predict_scene(model, square_scene([]), 300, 0.2)
     assert found["boxes_xyxy"].shape == (0, 4) and found["scores"].shape == (0,)
 
 
@@ -173,12 +163,13 @@ def test_a_file_gives_the_boxes_of_its_pixels(tmp_path, kind):
     path = tmp_path / ("scene.png" if kind == "png" else "scene.tif")
     if kind == "png":
         cv2.imwrite(str(path), image)
-    elif kind == "planar":
-        bands = np.moveaxis(image, -1, 0)
-        tifffile.imwrite(path, bands, photometric="rgb", planarconfig="separate")
     else:
-        packed = "lzw" if kind == "lzw" else None
-        tifffile.imwrite(path, image, photometric="rgb", compression=packed)
+        planar, packed = kind == "planar", "lzw" if kind == "lzw" else None
+        bands = np.moveaxis(image, -1, 0) if planar else image
+        config = "separate" if planar else "contig"
+        tifffile.imwrite(
+            path, bands, photometric="rgb", planarconfig=config, compression=packed
+        )
     wanted = predict_scene(BrightSquares(), image, size=200)
     found = predict_scene(BrightSquares(), str(path) if kind == "str" else path, 200)
     assert len(wanted["scores"]) == 4
@@ -228,77 +219,6 @@ def test_a_large_scene_on_disk_needs_the_memory_of_a_row_of_tiles(tmp_path):
     assert done.returncode == 0, done.stderr
     boxes, megabytes = done.stdout.split()
     assert boxes == "0" and float(megabytes) < 200
-
-
-def random_boxes(count, extent, classes, seed=0):
-    """Boxes of which many lie in others, as parts at tile borders do."""
-    rng = np.random.default_rng(seed)
-    corner = rng.uniform(0, extent, (count, 2))
-    side = np.exp(rng.normal(3, 0.8, (count, 2))).clip(2, 290)
-    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
-    third = count // 3  # inside another one, sharing a border
-    boxes[:third] = boxes[third : 2 * third]
-    boxes[:third, 0] += (boxes[:third, 2] - boxes[:third, 0]) * 0.4
-    labels = rng.integers(1, classes + 1, count)
-    labels[:third] = labels[third : 2 * third]
-    return boxes, labels, rng.random(count) < 0.5
-
-
-def all_pairs(boxes, labels, cut):
-    """The rule of `_parts` as it reads, box against box."""
-    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    shared = (high - low).clip(min=0).prod(axis=2)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    covers = (shared > 0.6 * area[:, None]) & (area[None] > area[:, None])
-    return cut & (covers & (labels[None] == labels[:, None])).any(axis=1)
-
-
-@pytest.mark.parametrize("pairs", [10, 1_000_000])
-@pytest.mark.parametrize(
-    ("extent", "classes"), [(300, 1), (300, 6), (4000, 1), (4000, 60), (20, 2)]
-)
-def test_parts_are_those_of_a_comparison_of_all_pairs(
-    monkeypatch, pairs, extent, classes
-):
-    monkeypatch.setattr(predict, "PAIRS", pairs)
-    boxes, labels, cut = random_boxes(400, extent, classes, seed=extent + classes)
-    dropped = predict._parts(boxes, labels, cut)
-    np.testing.assert_array_equal(dropped, all_pairs(boxes, labels, cut))
-    assert 0 < dropped.sum() < cut.sum()
-
-
-def test_no_parts_among_no_boxes():
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
-    assert predict._parts(*nothing).shape == (0,)
-
-
-def test_merging_100_000_boxes_takes_bounded_memory():
-    boxes, labels, cut = random_boxes(100_000, 12_000, 2)
-    tracemalloc.start()
-    kept = predict._nms(boxes, boxes[:, 0], labels, 0.5)
-    dropped = predict._parts(boxes, labels, cut)
-    peak = tracemalloc.get_traced_memory()[1] / 1e6
-    tracemalloc.stop()
-    assert 10_000 < dropped.sum() and len(kept) < 80_000
-    assert peak < 250  # all pairs would take 40,000 MB for one array of float32
-
-
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize(("extent", "classes"), [(300, 1), (900, 5), (4000, 60)])
-def test_suppression_is_batched_nms(extent, classes, threshold):
-    boxes, labels, _ = random_boxes(3_000, extent, classes, seed=extent)
-    scores = np.random.default_rng(0).random(len(boxes)).astype(np.float32)
-    scores[::3] = scores[1::3]  # of equal scores the first wins
-    ours = predict._nms(boxes, scores, labels, threshold)
-    theirs = batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), threshold)
-    assert sorted(ours.tolist()) == sorted(theirs.tolist())
-    assert (np.diff(scores[ours]) <= 0).all()
-
-
-def test_no_boxes_are_suppressed_among_none():
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    assert predict._nms(*nothing, np.zeros(0, np.int64), 0.5).tolist() == []
 
 
 def test_autocast_reaches_the_model():
@@ -363,9 +283,6 @@ def test_geojson_follows_the_transform_of_the_scene():
         assert ring.max(axis=0) == pytest.approx([500_039, 4_000_000 - 60])
         assert winding(ring - ring.mean(axis=0)) > 0
         assert content["crs"]["properties"]["name"] == crs
-
-
-def test_geojson_of_nothing_is_an_empty_collection():
     nothing = {key: value[:0] for key, value in FOUND.items()}
     empty = {"type": "FeatureCollection", "features": []}
     assert to_geojson(nothing, NAMES) == empty

@@ -10,7 +10,6 @@ from e2e_utils.visualize import (
     draw_boxes,
     learning_curve,
     show,
-    size_histogram,
 )
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
@@ -61,15 +60,6 @@ def test_a_confusion_matrix_shows_the_classes_that_occur_and_background_last():
     shares = axis.images[0].get_array()
     assert shares.tolist() == [[0.75, 0.25, 0], [0, 0, 1], [0, 1, 0]]
     assert sorted(t.get_text() for t in axis.texts) == ["1", "2", "4", "6"]
-
-
-def test_a_size_histogram_counts_every_object_once():
-    axis = size_histogram({"found": [100, 400, 2500], "missed": [9, 40000]}).axes[0]
-    stacks = axis.containers
-    heights = [sum(p.get_height() for p in stack.patches) for stack in stacks]
-    assert heights == [3, 2]
-    with pytest.raises(ValueError, match=r"no area in \['found'\]"):
-        size_histogram({"found": []})
 
 
 def test_a_close_up_is_centred_on_its_boxes_even_at_a_corner():
