@@ -120,6 +120,52 @@ def measure(sides: dict, runs: int) -> tuple[dict, dict]:
     return cost, found
 
 
+def devices(wanted: str | None) -> list[tuple[str, str]]:
+    """(device, the machine in words), the CPU first; of one kind if it is wanted."""
+    host = f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} "
+    host += f"thread(s), torch {torch.__version__}"
+    here = [("cpu", host)]
+    if torch.cuda.is_available():
+        here.append(("cuda:0", f"{torch.cuda.get_device_name()}, {host}"))
+    chosen = [row for row in here if row[0].startswith(wanted or "")]
+    if not chosen:
+        sys.exit(f"error: torch {torch.__version__} finds no GPU here")
+    return chosen
+
+
+def claims_on(
+    device: str, machine: str, scene: np.ndarray, arguments: argparse.Namespace
+) -> list[dict]:
+    """Both sides on one device, side by side."""
+    model = make_model(arguments.model, arguments.checkpoint).to(device)
+    batch_size = arguments.batch_size or (4 if device == "cpu" else 32)
+    what = f"{arguments.checkpoint or arguments.model}, scene of {len(scene)} px"
+    print(f"{what}, {batch_size} tiles a pass, on {machine}")
+    theirs(model, scene[:700, :700], device)  # the first run of each: not counted
+    ours(model, scene[:700, :700], batch_size)
+    sides = {
+        "SAHI": lambda: theirs(model, scene, device),
+        "ours": lambda: ours(model, scene, batch_size),
+    }
+    cost, found = measure(sides, arguments.runs)
+    share = matched(found["SAHI"], found["ours"])
+    counts = {name: len(boxes) for name, boxes in found.items()}
+    print(f"  boxes {counts}, {share:.4%} the same")
+    return [
+        {
+            "claim": f"sliced inference, {len(scene):,} px, on the {device[:4]}: SAHI",
+            "unit": "CPU s" if kind == "cpu" else "s",
+            "ours": round(cost["ours"][kind], 4),
+            "peer": round(cost["SAHI"][kind], 4),
+            "ratio": round(cost["SAHI"][kind] / cost["ours"][kind], 3),
+            # other batches, other kernels: on a GPU a score may cross the threshold
+            "equal": share == 1.0 if device == "cpu" else share > 0.99,
+            "machine": machine,
+        }
+        for kind in (["cpu", "wall"] if device == "cpu" else ["wall"])
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a scene of 1,600 px")
@@ -132,51 +178,10 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), help="this alone, not both"
     )
     arguments = parser.parse_args()
-    side = 1600 if arguments.quick else 4000
-    scene = make_scene(side)
-    threads = torch.get_num_threads()
-    host = f"{os.cpu_count()} x {platform.machine()}, {threads} thread(s), "
-    host += f"torch {torch.__version__}"
-    places = [("cpu", host)]
-    if torch.cuda.is_available():
-        places.append(("cuda:0", f"{torch.cuda.get_device_name()}, {host}"))
-    if arguments.device:
-        places = [place for place in places if place[0].startswith(arguments.device)]
-        if not places:
-            sys.exit(f"error: torch {torch.__version__} finds no GPU here")
-    what = arguments.checkpoint or arguments.model
+    scene = make_scene(1600 if arguments.quick else 4000)
     claims = []
-    for device, machine in places:
-        model = make_model(arguments.model, arguments.checkpoint).to(device)
-        batch_size = arguments.batch_size or (4 if device == "cpu" else 32)
-        print(f"{what}, scene of {side} px, {batch_size} tiles a pass, on {machine}")
-        theirs(model, scene[:700, :700], device)  # the first run of each: not counted
-        ours(model, scene[:700, :700], batch_size)
-        cost, found = measure(
-            {
-                "SAHI": lambda m=model, d=device: theirs(m, scene, d),
-                "ours": lambda m=model, b=batch_size: ours(m, scene, b),
-            },
-            arguments.runs,
-        )
-        share = matched(found["SAHI"], found["ours"])
-        # other batches, other kernels: on a GPU a score may cross the threshold
-        equal = share == 1.0 if device == "cpu" else share > 0.99
-        counts = {name: len(boxes) for name, boxes in found.items()}
-        print(f"  boxes {counts}, {share:.4%} the same")
-        kinds = ["cpu", "wall"] if device == "cpu" else ["wall"]
-        claims += [
-            {
-                "claim": f"sliced inference, {side:,} px, on the {device[:4]}: SAHI",
-                "unit": "CPU s" if kind == "cpu" else "s",
-                "ours": round(cost["ours"][kind], 4),
-                "peer": round(cost["SAHI"][kind], 4),
-                "ratio": round(cost["SAHI"][kind] / cost["ours"][kind], 3),
-                "equal": equal,
-                "machine": machine,
-            }
-            for kind in kinds
-        ]
+    for device, machine in devices(arguments.device):
+        claims += claims_on(device, machine, scene, arguments)
     print(f"\n{'claim':<46}{'unit':>6}{'ours':>8}{'peer':>9}{'ratio':>8}  equal")
     for row in claims:
         numbers = f"{row['ours']:>8.2f}{row['peer']:>9.2f}{row['ratio']:>8.2f}"
