@@ -10,6 +10,7 @@ to train on, to export and to serve.
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,11 @@ def start_from(
         )
     learned = list(there["class_names"])
     if learned != class_names:
-        pairs = zip(learned, class_names, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        what = f"{len(learned)} classes, the run has {len(class_names)}"
-        if first is not None:
-            what = (
-                f"{learned[first]!r} as label {first}, the run {class_names[first]!r}"
-            )
-        raise ValueError(f"init_checkpoint {path} has {what}")
+        pairs = enumerate(zip_longest(learned, class_names))
+        label, (old, new) = next(pair for pair in pairs if len(set(pair[1])) > 1)
+        raise ValueError(
+            f"init_checkpoint {path} has {old!r} as label {label}, the run {new!r}"
+        )
     try:
         model.load_state_dict(there["model"])
     except RuntimeError as error:

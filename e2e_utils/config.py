@@ -13,8 +13,7 @@ from pathlib import Path
 
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 # What may differ when a run goes on: it changes where and how, and no number
-FREE = {"output_dir", "data_path", "workers", "cache", "device"}
-FREE |= {"save_steps", "tensorboard"}
+FREE = {"output_dir", "data_path", "workers", "cache", "device", "save_steps"}
 FREE |= {"amp"}  # the precision that it led to is compared, see hardware.py
 
 
@@ -49,7 +48,6 @@ class TrainConfig:
     eval_steps: int | None = None  # validate and save this often; once an epoch if None
     best_metric: str = "AP50"  # of the validation; best.pt is where it was highest
     save_steps: int | None = None  # save this often besides
-    tensorboard: bool = False  # the metrics also as events, in output_dir/tensorboard
     workers: int = 0  # processes that load tiles
     cache: bool | str = False  # decoded tiles: True or "memory", or "disk"
     repeat_threshold: float = 0.0  # repeat tiles of rarer classes; 0 for none, or 0.001

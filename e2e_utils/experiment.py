@@ -40,8 +40,8 @@ _BATCHES = {
     "lr_step_batches": "lr_milestones",
 }
 # what the platform decides, or what has another name here
-_NOT_HERE = {"data_path", "output_dir", "epochs", "batch_size", "tensorboard"}
-_NOT_HERE |= {"best_metric", "device", *_BATCHES.values()}
+_NOT_HERE = {"data_path", "output_dir", "epochs", "batch_size", "best_metric"}
+_NOT_HERE |= {"device", *_BATCHES.values()}
 _TRAIN_KEYS = {f.name for f in fields(TrainConfig)} - _NOT_HERE
 _REQUIRED = {"global_batch_size", "max_batches", "backend"}
 HYPERPARAMETERS = tuple(

@@ -248,19 +248,15 @@ def _save(run: Run, save: Callable[[int], None] | None) -> None:
 
 
 class _Log:
-    """metrics.jsonl, a line per report, `report`, and TensorBoard's events if asked.
-
-    The main process alone writes. A resumed run drops what was written after its step.
-    """
+    """metrics.jsonl, a line per report, and `report`; of the main process alone."""
 
     def __init__(self, run: Run, report: Callable[[dict, int], None] | None) -> None:
-        self.run, self.report, self.board = run, report, None
+        self.run, self.report = run, report
+        self.path = Path(run.config.output_dir) / "metrics.jsonl"
         if run.rank:
             return
-        output = Path(run.config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        self.path = output / "metrics.jsonl"
-        kept = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []  # a resumed run drops what was written after its step
         if run.step and self.path.exists():
             for line in self.path.read_bytes().splitlines(keepends=True):
                 # a kill may have cut the last line, which is of a later step
@@ -268,26 +264,14 @@ class _Log:
                     break
                 kept.append(line)
         write_file(self.path, kept)
-        if run.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = run.step + 1 if run.step else None
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=purge)
 
     def write(self, values: dict) -> None:
-        step = self.run.step
         if self.run.rank:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            kind = "train" if "loss" in values else "val"
-            for key, value in values.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{kind}/{key}", value, step)
-            self.board.flush()
+            file.write(json.dumps({"step": self.run.step, **values}) + "\n")
         if self.report:
-            self.report(values, step)
+            self.report(values, self.run.step)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -326,7 +326,7 @@ def test_where_the_run_is_saved_and_cached_may_change_on_the_way(tiles, tmp_path
         progress=False,
     )
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    for new in ("ema", "repeat_threshold", "tensorboard"):
+    for new in ("ema", "repeat_threshold"):
         del state["config"][new]  # as a run of before these fields existed has it
     torch.save(state, tmp_path / "last.pt")
     told = []
@@ -346,29 +346,6 @@ def test_a_line_that_a_kill_cut_is_dropped(tiles, tmp_path, whole_run):
     log.write_text(whole + '{"step": 13, "loss": 0.4')
     fit(config(tiles, tmp_path / "copy"), progress=False)
     assert log.read_text() == whole
-
-
-def test_tensorboard_gets_the_same_values(tiles, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fit(
-        config(tiles, tmp_path, steps=2, eval_steps=1, tensorboard=True), progress=False
-    )
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    told = [(e.step, e.value) for e in events.Scalars("train/loss")]
-    assert [step for step, _ in told] == [1, 2]
-    assert [v for _, v in told] == pytest.approx([v for _, v in losses(tmp_path)])
-    ap = [r["AP50"] for r in records if "AP50" in r]
-    assert [e.value for e in events.Scalars("val/AP50")] == pytest.approx(ap)
-
-
-@pytest.mark.slow
-def test_without_tensorboard_its_library_is_not_imported():
-    code = "import sys, e2e_utils.train; assert 'tensorboard' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.slow
