@@ -69,7 +69,8 @@ def main() -> None:
     from PIL import Image
 
     from ..engines import load_engine
-    from .model import DetectorModel, Limits
+    from .admission import Limits
+    from .model import DetectorModel
     from .server import Server
 
     Image.MAX_IMAGE_PIXELS = None  # the limits below, by the header
