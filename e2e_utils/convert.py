@@ -3,7 +3,8 @@
 Copy: this file, xview_labels.py, coco.py, scenes.py, files.py, classes.py and
 xview_classes.json.
 
-TIFF scenes become RGB PNGs, and the geojson of labels a COCO train and val file.
+TIFF scenes become RGB PNGs, and the geojson of labels a COCO train and val file. Of
+other labels a COCO file of scenes (`coco.write_coco`) is all that later stages need.
 
     python -m e2e_utils.convert tif_to_rgb --input_dir xview/train_images \
         --out_dir xview/train_images_rgb

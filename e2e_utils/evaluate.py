@@ -1,19 +1,21 @@
 """COCO average precision with caps that fit dense scenes.
 
-Copy: this file.
+Copy: this file, coco.py and files.py.
 
 COCO's own cap of 100 detections hides every object beyond the hundredth, and a
 satellite scene can hold thousands. The caps are an argument here. The matching runs in
 faster_coco_eval, whose figures equal pycocotools' and which is several times faster.
 The xView score and whole scenes are in xview_score.py; what goes wrong is in
 mistakes.py.
+
+A figure that `coco_metrics` returns reaches metrics.jsonl, the checkpoint and whoever
+reports, on every road; `METRICS` gives it the name that a searcher asks for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +24,8 @@ import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import nn
+
+from .coco import read_coco
 
 AREAS = ("all", "small", "medium", "large")
 # What searchers and dashboards call a metric -> its key in `coco_metrics`
@@ -98,7 +102,7 @@ def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -
     if isinstance(ground_truth, dict):
         coco = ground_truth
     else:
-        coco = json.loads(Path(ground_truth).read_text())
+        coco = read_coco(ground_truth, strict=False).to_dict()
     known = {image["id"] for image in coco["images"]}
     foreign = sorted({d["image_id"] for d in detections} - known)
     if foreign:

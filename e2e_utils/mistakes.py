@@ -1,6 +1,6 @@
 """What goes wrong: a confusion matrix, and every mistake by its kind.
 
-Copy: this file, boxes.py and evaluate.py.
+Copy: this file, boxes.py, evaluate.py, coco.py and files.py.
 
 A score says how good a detector is; the kinds of its mistakes say what to do about it.
 Both functions give counts and lead back to the boxes, so that they can be looked at.

@@ -9,6 +9,9 @@ served.)
 was built they change nothing, so here they go through the constructor, and an
 unknown one is an error. `resolved_settings` tells all of them with their values: it
 is what a checkpoint keeps, so that a default that changes later changes no model.
+
+A name is an entry of `_ARCHITECTURES`: a constructor of a detector, torchvision's or
+another, with its backbone, which is torchvision's or one of backbones.py.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
         --lr-scheduler multistep --lr-steps 16 22 --aspect-ratio-group-factor 3
 
 SIGTERM makes it save and end with exit code 143; the same command goes on from there.
+What a loop says goes through three plain callables: report(metrics, step), save(step)
+and should_stop(); the platforms hang theirs on these.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
 sampling.py, models.py, backbones.py, hardware.py, optim.py and evaluate.py.

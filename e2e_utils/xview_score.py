@@ -1,6 +1,6 @@
 """The xView score, and three scores of one detector side by side.
 
-Copy: this file, boxes.py and evaluate.py.
+Copy: this file, boxes.py, evaluate.py, coco.py and files.py.
 
 The xView score is that of the challenge's own score.py, so that a result can be set
 beside published ones. The three scores show what is left of a figure on tiles when

@@ -16,8 +16,11 @@ from e2e_utils.xview_score import (
 
 def coco(objects: list, images: int = 3, categories: int = 3) -> dict:
     """Ground truth of (image id, category id, x, y) objects of 10 x 10 pixels."""
+    size = {"height": 1000, "width": 1000}
     return {
-        "images": [{"id": i} for i in range(1, images + 1)],
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", **size} for i in range(1, images + 1)
+        ],
         "categories": [{"id": i, "name": f"class {i}"} for i in range(categories)],
         "annotations": [
             {"id": n, "image_id": i, "category_id": c, "bbox": [x, y, 10, 10]}
