@@ -33,7 +33,11 @@ from e2e_utils.files import atomic_path, write_file
 from .engines import DESCRIBES, load_eager
 
 MAX_PIXELS = 4096 * 4096  # of a picture that servers take
-CODE = ("models.py", "backbones.py")  # of e2e_utils: they build the detector
+CODE = (
+    "models.py",
+    "backbones.py",
+    "autocast.py",
+)  # of e2e_utils: they build the detector
 _TABLES = ("detector.json", "index_to_name.json")
 _SERVER = Path(__file__).with_name("torchserve_utils")
 

@@ -24,6 +24,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
 from e2e_utils import hardware, models
+from e2e_utils.autocast import boxes_in_float32
 from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import choose_precision, find_device, native_precisions
 from e2e_utils.predict import predict_image, predict_scene
@@ -94,7 +95,7 @@ def built(family, float32_boxes=True):
     torch.manual_seed(0)
     model = family()
     if float32_boxes:
-        models.boxes_in_float32(model)
+        boxes_in_float32(model)
     return model
 
 
