@@ -51,7 +51,7 @@ class TrainConfig:
     save_steps: int | None = None  # save this often besides
     tensorboard: bool = False  # the metrics also as events, in output_dir/tensorboard
     workers: int = 0  # processes that load tiles
-    cache: bool | str = False  # decoded tiles: True or "memory", or "disk"
+    cache: bool = False  # keep decoded tiles in memory, in each process that loads
     repeat_threshold: float = 0.0  # repeat tiles of rarer classes; 0 for none, or 0.001
     aspect_ratio_group_factor: int = -1  # batches of like tiles, 3 for 7 bins; -1: any
     seed: int = 0
@@ -117,8 +117,6 @@ def _flag(hint: typing.Any, default: typing.Any) -> dict[str, typing.Any]:
     kinds = [k for k in typing.get_args(hint) or [hint] if k is not type(None)]
     if kinds == [bool]:
         how: dict = {"action": argparse.BooleanOptionalAction}
-    elif bool in kinds:  # --cache, --cache disk
-        how = {"nargs": "?", "const": True, "metavar": "WHERE"}
     elif isinstance(default, dict):
         how = {"type": json.loads, "metavar": "JSON"}
     elif list in [typing.get_origin(kind) for kind in (hint, *kinds)]:
