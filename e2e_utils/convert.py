@@ -99,7 +99,6 @@ def tif_to_rgb(
     if not files:
         raise FileNotFoundError(f"{input_dir} holds no .tif scene")
     out.mkdir(parents=True, exist_ok=True)
-
     failed: dict[str, str] = {}
 
     def convert(tif: Path) -> bool:
@@ -127,12 +126,12 @@ def tif_to_rgb(
 class ConversionReport:
     """What `geojson_to_coco` did; features == kept + sum(dropped)."""
 
-    features: int = 0
+    features: int
+    unlabelled: int  # scenes in the folder that no feature names: in no split
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # features, by reason
     images: dict[str, int] = field(default_factory=dict)  # by split
     annotations: dict[str, int] = field(default_factory=dict)  # by split
-    unlabelled: int = 0  # scenes in the folder that no feature names: in no split
 
     def __str__(self) -> str:
         rows: dict[str, object] = {"features read": self.features, "  kept": self.kept}
@@ -198,8 +197,7 @@ def geojson_to_coco(
     labels = read_labels(Path(train_geojson_path), files, classes, grouped)
     labelled = np.unique(labels.scene[~labels.empty & (labels.scene >= 0)]).tolist()
     images = {i: _listed_image(files[i], train_images_dir_rgb) for i in labelled}
-    report = ConversionReport(features=len(labels.scene))
-    report.unlabelled = len(files) - len(labelled)
+    report = ConversionReport(len(labels.scene), len(files) - len(labelled))
     kept = _choose_labels(labels, images, report)
     names: dict[int, str] = {}
     for category_id, name in classes.values():

@@ -107,4 +107,7 @@ def _cut(path: Path, image: Image, tiles: Tiles, tile_dir: Path) -> None:
     for name, (x1, y1, x2, y2) in tiles.items():
         bgr = cv2.cvtColor(pixels[y1:y2, x1:x2], cv2.COLOR_RGB2BGR, dst=bgr)
         jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-        write_file(tile_dir / name, [jpeg.data])
+        temporary = f"{tile_dir}/.{name}.part"  # lighter than write_file
+        with open(temporary, "wb") as file:
+            file.write(jpeg.data)
+        os.replace(temporary, f"{tile_dir}/{name}")

@@ -165,11 +165,10 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
         for name, (x1, y1, x2, y2) in scene.tiles().items():
             images.append(Image(y2 - y1, x2 - x1, len(images) + 1, name))
     in_tile = [n for scene in scenes for n in scene.counts[scene.keep].tolist()]
-    categories = [c for scene in scenes for c in scene.categories.tolist()]
     annotations = to_annotations(
         np.vstack([np.zeros((0, 4)), *(scene.boxes_xywh for scene in scenes)]),
         np.repeat(np.arange(1, len(images) + 1), in_tile),
-        np.array(categories, np.int64),
+        np.concatenate([np.zeros(0, int), *(scene.categories for scene in scenes)]),
         outlines=True,
     )
     write_coco(report.coco_json, Coco(images, annotations, coco.categories))
@@ -196,9 +195,9 @@ def slice_coco(
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
     `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
     `train_300_02_manifest.json` (`settings`; `scenes` with id, file_name, height,
-    width, bytes, mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels). Boxes are
-    cut, polygons of the input are not read. Run again, the work continues by the
-    manifest: tiles of other settings, or of a scene that has changed, are removed.
+    width, bytes, mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels).
+    Boxes are cut, polygons of the input are not read. Run again, the work continues by
+    the manifest: tiles of other settings, or of a scene that has changed, are removed.
 
     Args:
         image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.read_rgb`.

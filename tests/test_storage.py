@@ -8,42 +8,21 @@ import os
 import resource
 import runpy
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
-import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import obstore
 import pytest
+from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from e2e_utils.storage import INDEX, StorageError, open_store, sync, upload
 
 pytestmark = pytest.mark.slow
-
-
-def start_moto():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1)
-            return server, f"http://127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.1)
-    server.kill()
-    raise RuntimeError("moto's server did not start in 30 s")
 
 
 def client(endpoint):
@@ -53,10 +32,10 @@ def client(endpoint):
 
 @pytest.fixture(scope="module")
 def moto():
-    server, endpoint = start_moto()
-    yield endpoint
-    server.kill()
-    server.wait()
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
 
 
 @pytest.fixture
