@@ -105,15 +105,14 @@ def read_rgb(path: str | Path, percentile: float | None = None) -> np.ndarray:
     """
     bands = read_bands(path)
     found = bands.shape[2] if bands.ndim == 3 else 1
-    deep = bands.dtype != np.uint8
-    if found not in (3, 4) or (deep and percentile is None):
+    if found in (3, 4) and bands.dtype == np.uint8:
+        return bands[..., :3]
+    if found not in (3, 4) or percentile is None:
         raise ValueError(
             f"{path}: {found} band(s) of {bands.dtype} where 3 or 4 bands of uint8 are "
             "needed; convert.tif_to_rgb scales 16-bit scenes with its percentile"
         )
     rgb = bands[..., :3]
-    if not deep:
-        return rgb
     low, high = np.percentile(rgb, (percentile, 100 - percentile), axis=(0, 1))
     low, high = low.astype(np.float32), np.maximum(high, low + 1).astype(np.float32)
     return np.clip(np.rint((rgb - low) * (255 / (high - low))), 0, 255).astype(np.uint8)

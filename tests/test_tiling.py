@@ -98,11 +98,6 @@ def test_grid_is_that_of_sahi(case):
     assert grid.dtype == np.int64 and grid.tolist() == theirs
 
 
-def test_grid_of_a_scene_without_pixels_is_refused():
-    with pytest.raises(ValueError, match="scene is 0 x 100"):
-        tile_grid(0, 100, 300, 0.2)
-
-
 @st.composite
 def boxes(draw, most=12):
     number = st.integers(-40, 260) | st.integers(-160, 1040).map(lambda n: n / 4)
@@ -393,6 +388,8 @@ def test_full_disk_stops_the_run_and_leaves_no_half_tile(small, monkeypatch):
 def test_bad_arguments_are_quoted(small, options, said):
     with pytest.raises(ValueError, match=said):
         cut(*small, **options)
+    with pytest.raises(ValueError, match="scene is 0 x 100"):
+        tile_grid(0, 100, 300, 0.2)
 
 
 def test_scenes_without_a_box_make_an_empty_file_and_a_broken_file_is_named(tmp_path):
