@@ -132,13 +132,12 @@ def drawn_tiles(folder: Path, scenes: int) -> Path:
     coco, tiles = folder / "coco", folder / "tiles"
     with contextlib.redirect_stdout(io.StringIO()):
         geojson_to_coco(images, labels, coco, 0.75)
-        slice_coco(images, coco / "train.json", tiles, progress=False)
+        slice_coco(images, coco / "train.json", tiles)
         slice_coco(
             images,
             coco / "val.json",
             tiles,
             ignore_negative_samples=False,
-            progress=False,
         )
     return tiles
 

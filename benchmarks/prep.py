@@ -186,7 +186,7 @@ def tile_original(data: Path, out: Path):
             image_dir=str(png),
             output_coco_annotation_file_name="",
             output_dir=str(out / "tiles"),
-            ignore_negative_samples=True,
+            ignore_negative_samples=False,
             slice_height=SIZE,
             slice_width=SIZE,
             overlap_height_ratio=OVERLAP,
@@ -203,9 +203,9 @@ def _tile(data: Path, out: Path, boxes: int):
     from e2e_utils.tiling import slice_coco
 
     coco = data / f"tif{boxes}.json"
-    options = {"slice_size": SIZE, "overlap_ratio": OVERLAP, "progress": False}
+    options = {"slice_size": SIZE, "overlap_ratio": OVERLAP}
     return lambda: slice_coco(
-        data, coco, out, split="train", write_all_tiles=True, **options
+        data, coco, out, split="train", ignore_negative_samples=False, **options
     )
 
 

@@ -66,7 +66,7 @@ def build_tiles(folder: Path, scenes: int) -> tuple[Path, Path]:
     with contextlib.redirect_stdout(io.StringIO()):
         geojson_to_coco(images, labels, folder / "coco", 0.75)
     coco, tiles = folder / "coco" / "train.json", folder / "tiles"
-    slice_coco(images, coco, tiles, split="train", progress=False)
+    slice_coco(images, coco, tiles, split="train")
     return TrainConfig(str(tiles), "").split("train")
 
 

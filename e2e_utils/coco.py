@@ -119,6 +119,23 @@ def _check_annotations(coco: Coco, path: Path) -> None:
             raise ValueError(f"annotation {row.id} of {path}: {wrong}")
 
 
+def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    """Which of N rows have no defect.
+
+    Args:
+        defects: by reason, bool (N,), True where a row has it.
+
+    Returns:
+        int64 (K,), indices of the rows without any; and how many rows each reason
+        costs, where a row counts for the first that holds.
+    """
+    kept, dropped = np.array(True), {}
+    for reason, bad in defects.items():
+        dropped[reason] = int((kept & bad).sum())
+        kept = kept & ~bad
+    return np.flatnonzero(kept), dropped
+
+
 def to_annotations(
     boxes_xywh: np.ndarray,
     image_ids: np.ndarray,

@@ -49,7 +49,7 @@ class TrainConfig:
     best_metric: str = "AP50"  # of the validation; best.pt is where it was highest
     save_steps: int | None = None  # save this often besides
     workers: int = 0  # processes that load tiles
-    cache: bool | str = False  # decoded tiles: True or "memory", or "disk"
+    cache: bool = False  # keep decoded tiles in memory, in each process that loads
     repeat_threshold: float = 0.0  # repeat tiles of rarer classes; 0 for none, or 0.001
     aspect_ratio_group_factor: int = -1  # batches of like tiles, 3 for 7 bins; -1: any
     seed: int = 0
@@ -115,8 +115,6 @@ def _flag(hint: typing.Any, default: typing.Any) -> dict[str, typing.Any]:
     kinds = [k for k in typing.get_args(hint) or [hint] if k is not type(None)]
     if kinds == [bool]:
         how: dict = {"action": argparse.BooleanOptionalAction}
-    elif bool in kinds:  # --cache, --cache disk
-        how = {"nargs": "?", "const": True, "metavar": "WHERE"}
     elif isinstance(default, dict):
         how = {"type": json.loads, "metavar": "JSON"}
     elif list in [typing.get_origin(kind) for kind in (hint, *kinds)]:

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from tqdm.contrib.concurrent import thread_map
 
 from .classes import read_classes
-from .coco import Category, Coco, Image, to_annotations, write_coco
+from .coco import Category, Coco, Image, count_defects, to_annotations, write_coco
 from .files import write_file
 from .scenes import FailedScenes, read_bands, read_rgb
 from .xview_labels import Labels, read_labels, split_scenes
@@ -37,9 +37,9 @@ from .xview_labels import Labels, read_labels, split_scenes
 class PngReport:
     """What `tif_to_rgb` did; converted + skipped + failed are all scenes."""
 
-    converted: int = 0
-    skipped: int = 0  # a PNG of the right size, whole and not older, was there
-    failed: dict[str, str] = field(default_factory=dict)  # scene: what went wrong
+    converted: int
+    skipped: int  # a PNG of the right size, whole and not older, was there
+    failed: dict[str, str]  # scene: what went wrong
 
     def __str__(self) -> str:
         counts = f"converted {self.converted}, already there {self.skipped}"
@@ -67,30 +67,11 @@ def _is_copy(png: Path, tif: Path) -> bool:
         return False
 
 
-def _read_scaled(tif: Path, percentile: float | None) -> np.ndarray:
-    """A scene as uint8 (H, W, 3); what is not 8 bit is scaled by its percentiles."""
-    if percentile is None:
-        return read_rgb(tif)
-    bands = read_bands(tif)
-    if bands.ndim != 3 or bands.shape[2] not in (3, 4):
-        raise ValueError(f"{tif}: shape {bands.shape}; 3 or 4 bands are needed")
-    rgb = bands[..., :3]
-    if rgb.dtype == np.uint8:
-        return rgb
-    cuts = np.percentile(rgb, (percentile, 100 - percentile), axis=(0, 1))
-    low, high = cuts[0], np.maximum(cuts[1], cuts[0] + 1)
-    scaled = (rgb - low.astype(np.float32)) * (255 / (high - low)).astype(np.float32)
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-
-
 def tif_to_rgb(
     input_dir: str | Path,
     out_dir: str | Path,
     *,
     percentile: float | None = None,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
 ) -> PngReport:
     """Write every TIFF scene of a folder as an RGB PNG of the same name.
 
@@ -99,13 +80,10 @@ def tif_to_rgb(
 
     Args:
         input_dir: folder of .tif files, 3 or 4 bands; a fourth band is left out.
-        out_dir: made if it is not there.
+        out_dir: made if it is not there; choose another for another percentile.
         percentile: scale scenes that are not 8 bit, each band from its percentiles p
             and 100 - p to 0..255; 0 <= p < 50, 2 is usual. Left out, such scenes fail,
             because cutting 16 bits to 8 without a choice gives a dark or a white scene.
-        overwrite: write all PNGs again, for example after a change of percentile.
-        workers: threads, each holding one scene; the number of cores if left out.
-        progress: show a progress bar.
 
     Returns:
         PngReport; print it.
@@ -122,26 +100,25 @@ def tif_to_rgb(
     if not files:
         raise FileNotFoundError(f"{input_dir} holds no .tif scene")
     out.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
 
-    def convert(tif: Path) -> str:
+    def convert(tif: Path) -> bool:
         png = out / f"{tif.stem}.png"
         try:
-            if not overwrite and _is_copy(png, tif):
-                return "skipped"
-            pixels = _read_scaled(tif, percentile)
+            if _is_copy(png, tif):
+                return False
+            pixels = read_rgb(tif, percentile)
         except ValueError as error:
-            return str(error)
+            failed[tif.name] = str(error)
+            return False
         bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         write_file(png, [cv2.imencode(".png", bgr)[1].data])
-        return "converted"
+        return True
 
-    bar = {"desc": "TIFF to PNG", "disable": not progress}
-    done = thread_map(convert, files, max_workers=workers or os.cpu_count(), **bar)
-    report = PngReport(done.count("converted"), done.count("skipped"))
-    for tif, outcome in zip(files, done, strict=True):
-        if outcome not in ("converted", "skipped"):
-            report.failed[tif.name] = outcome
-    if report.failed:
+    # decoding and encoding leave Python's lock; each thread holds one scene
+    done = thread_map(convert, files, max_workers=os.cpu_count(), desc="TIFF to PNG")
+    report = PngReport(sum(done), len(files) - sum(done) - len(failed), failed)
+    if failed:
         raise FailedScenes(report)
     return report
 
@@ -150,12 +127,12 @@ def tif_to_rgb(
 class ConversionReport:
     """What `geojson_to_coco` did; features == kept + sum(dropped)."""
 
-    features: int = 0
+    features: int
+    unlabelled: int  # scenes in the folder that no feature names: in no split
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # features, by reason
     images: dict[str, int] = field(default_factory=dict)  # by split
     annotations: dict[str, int] = field(default_factory=dict)  # by split
-    unlabelled: int = 0  # scenes in the folder that no feature names: in no split
 
     def __str__(self) -> str:
         rows: dict[str, object] = {"features read": self.features, "  kept": self.kept}
@@ -221,8 +198,7 @@ def geojson_to_coco(
     labels = read_labels(Path(train_geojson_path), files, classes, grouped)
     labelled = np.unique(labels.scene[~labels.empty & (labels.scene >= 0)]).tolist()
     images = {i: _listed_image(files[i], train_images_dir_rgb) for i in labelled}
-    report = ConversionReport(features=len(labels.scene))
-    report.unlabelled = len(files) - len(labelled)
+    report = ConversionReport(len(labels.scene), len(files) - len(labelled))
     kept = _choose_labels(labels, images, report)
     names: dict[int, str] = {}
     for category_id, name in classes.values():
@@ -265,19 +241,18 @@ def _choose_labels(
         size[i] = image.width, image.height
     width, height = size[labels.scene].T
     x1, y1, x2, y2 = labels.xyxy.T
-    kept = np.ones(len(labels.scene), bool)
-    for reason, bad in (
-        ("empty bounds", labels.empty),
-        ("scene missing", labels.scene < 0),
-        ("malformed bounds", labels.malformed),
-        ("unknown class", labels.category < 0),
-        ("zero area", (x1 == x2) | (y1 == y2)),
-        ("outside the scene", (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)),
-    ):
-        report.dropped[reason] = int((kept & bad).sum())
-        kept &= ~bad
-    report.kept = int(kept.sum())
-    return np.flatnonzero(kept)
+    kept, report.dropped = count_defects(
+        {
+            "empty bounds": labels.empty,
+            "scene missing": labels.scene < 0,
+            "malformed bounds": labels.malformed,
+            "unknown class": labels.category < 0,
+            "zero area": (x1 == x2) | (y1 == y2),
+            "outside the scene": (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0),
+        }
+    )
+    report.kept = len(kept)
+    return kept
 
 
 if __name__ == "__main__":

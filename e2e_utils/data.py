@@ -9,14 +9,12 @@ batches that the undisturbed run would have seen.
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from msgspec.structs import astuple
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -24,7 +22,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .coco import Coco, read_coco
-from .files import atomic_path
 from .sampling import StepSampler
 
 
@@ -35,10 +32,8 @@ class CocoTiles(Dataset):
         image_dir: folder of the tiles.
         json_path: COCO file: images, annotations (bbox in pixels, xywh), categories.
         augment: a transform of torchvision.transforms.v2, or None.
-        cache: decode each tile once, 270 kB at 300 px. "memory" (or True) keeps them
-            in each process that loads; "disk" writes them into one file next to
-            json_path when the data set is made, which all processes share, and makes
-            it anew when a tile has changed. "off" (or False) decodes every time.
+        cache: decode each tile once and keep it, 270 kB at 300 px, in each process
+            that loads.
 
     An item is (image, target). image is a tv_tensors.Image, uint8 (3, H, W), RGB.
     target holds "boxes" (tv_tensors.BoundingBoxes, float32 (N, 4), xyxy in pixels of
@@ -48,7 +43,7 @@ class CocoTiles(Dataset):
 
     Raises:
         ValueError: the file is no COCO file, or an annotation names an image or a
-            category that is not in it; an unknown cache; on reading, a tile that is
+            category that is not in it; cache is no bool; on reading, a tile that is
             no image. The message names the file and the value.
     """
 
@@ -57,15 +52,15 @@ class CocoTiles(Dataset):
         image_dir: str | Path,
         json_path: str | Path,
         augment: Callable | None = None,
-        cache: bool | str = False,
+        cache: bool = False,
     ) -> None:
         self.image_dir = Path(image_dir)
         self.json_path = Path(json_path)
         self.augment = augment
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"no folder of tiles at {self.image_dir}")
-        if cache not in (False, True, "off", "memory", "disk"):
-            raise ValueError(f"cache must be 'off', 'memory' or 'disk', got {cache!r}")
+        if not isinstance(cache, bool):
+            raise ValueError(f"cache must be True or False, got {cache!r}")
         coco = read_coco(self.json_path)
         categories = sorted(coco.categories, key=lambda category: category.id)
         self.category_ids = [category.id for category in categories]
@@ -73,14 +68,7 @@ class CocoTiles(Dataset):
         self._targets = self._make_targets(coco)
         self.coco = coco.to_dict()
         self.images = self.coco["images"]
-        self._cache: dict[int, torch.Tensor] | None = None
-        self._decoded: Path | None = None
-        if cache == "disk":
-            sizes = map(self.size, range(len(self)))
-            self._starts = np.cumsum([0, *(3 * h * w for h, w in sizes)]).tolist()
-            self._decoded = self._decode_all()
-        elif cache in (True, "memory"):
-            self._cache = {}
+        self._cache: dict[int, torch.Tensor] | None = {} if cache else None
 
     def _make_targets(self, coco: Coco) -> list[tuple[torch.Tensor, torch.Tensor]]:
         label_of = {c: label for label, c in enumerate(self.category_ids, start=1)}
@@ -107,47 +95,13 @@ class CocoTiles(Dataset):
         image = self.images[index]
         return image["height"], image["width"]
 
-    def _file(self, index: int) -> Path:
-        path = self.image_dir / self.images[index]["file_name"]
-        if not path.is_file():
-            raise ValueError(f"the tile {path} is missing")
-        return path
-
-    def _decode_all(self) -> Path:
-        """The file of all decoded tiles, one behind the other; made where it lacks."""
-        key = hashlib.sha256()
-        for index in range(len(self)):
-            path = self._file(index)
-            stat = path.stat()
-            row = (path.name, *self.size(index), stat.st_size, stat.st_mtime_ns)
-            key.update(repr(row).encode())
-        stem = f"{self.json_path.stem}-decoded"
-        decoded = self.json_path.with_name(f"{stem}-{key.hexdigest()[:16]}.u8")
-        if decoded.exists():
-            return decoded
-        with atomic_path(decoded) as temporary, temporary.open("wb") as out:
-            for index in range(len(self)):
-                tile, size = self.read(index), self.size(index)
-                if tile.shape[1:] != size:
-                    raise ValueError(
-                        f"the tile {self._file(index)} is {tuple(tile.shape[1:])}, and "
-                        f"{self.json_path} says {size} (height, width)"
-                    )
-                out.write(tile.numpy().tobytes())
-        for old in decoded.parent.glob(f"{stem}-*.u8"):  # of tiles that have changed
-            if old != decoded:
-                old.unlink(missing_ok=True)
-        return decoded
-
     def read(self, index: int) -> torch.Tensor:
         """The tile as uint8 (3, H, W), RGB."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        if self._decoded is not None:
-            start, end = self._starts[index : index + 2]
-            flat = np.fromfile(self._decoded, np.uint8, end - start, offset=start)
-            return torch.from_numpy(flat).view(3, *self.size(index))
-        path = self._file(index)
+        path = self.image_dir / self.images[index]["file_name"]
+        if not path.is_file():
+            raise ValueError(f"the tile {path} is missing")
         image = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if image is None:
             raise ValueError(f"the tile {path} is not a readable image")

@@ -103,7 +103,7 @@ class Run:
         self.device = find_device(config.device, local_rank)
         state = read_last(config, self.device)
         self.precision = agree_on_precision(config, self.device, state)
-        self._open_tiles(local_rank)
+        self._open_tiles()
         self._make_model(begins=not state)
         self.optimizer = make_optimizer(self.model, config, self.world_size)
         self.scheduler = make_scheduler(
@@ -116,15 +116,11 @@ class Run:
         if state:
             self._resume(state)
 
-    def _open_tiles(self, local_rank: int) -> None:
+    def _open_tiles(self) -> None:
         config = self.config
-        if self.world_size > 1 and local_rank:
-            dist.barrier()  # one process of a machine writes what cache="disk" keeps
         train = CocoTiles(*config.split("train"), default_augment(), config.cache)
         self.train_set = train
         self.val_set = CocoTiles(*config.split("val"), cache=config.cache)
-        if self.world_size > 1 and not local_rank:
-            dist.barrier()
         self.repeats = repeat_factors(train, config.repeat_threshold)
         self.groups = aspect_ratio_groups(train, config.aspect_ratio_group_factor)
         size = config.batch_size

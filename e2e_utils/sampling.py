@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,11 +80,9 @@ def aspect_ratio_groups(dataset: Tiles, factor: int) -> list[int] | None:
 
 def _members(length: int, groups: list[int] | None) -> list[list[int]]:
     """The tiles of each group, in ascending order of the groups."""
-    if groups is None:
-        return [list(range(length))]
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
+    members = defaultdict(list)
+    for index in range(length):
+        members[groups[index] if groups else 0].append(index)
     return [members[group] for group in sorted(members)]
 
 

@@ -29,9 +29,7 @@ def _read_tiff(path: Path, header_only: bool = False) -> Any:
         if page.tags.valueof(274, 1) != 1:
             raise ValueError("its orientation tag rotates it; store it upright")
         if page.is_memmappable:
-            start = page.dataoffsets[0]
-            mapped = np.memmap(path, page.dtype, "r", offset=start, shape=page.shape)
-            bands = np.asarray(mapped)
+            bands = np.asarray(tifffile.memmap(path, page=0, mode="r"))
         else:
             # cv2 is faster on LZW but returns corrupt data as if it were a picture
             bands = page.asarray()
@@ -90,8 +88,13 @@ def read_bands(path: str | Path, header_only: bool = False) -> Any:
         raise ValueError(f"{path}: cannot be read as a scene: {error}") from error
 
 
-def read_rgb(path: str | Path) -> np.ndarray:
+def read_rgb(path: str | Path, percentile: float | None = None) -> np.ndarray:
     """Read a scene as RGB; see `read_bands` for the files and errors.
+
+    Args:
+        path: image file.
+        percentile: scale a scene that is not 8 bit, each band from its percentiles p
+            and 100 - p to 0..255; left out, it is refused.
 
     Returns:
         uint8 (H, W, 3), perhaps read-only. A fourth band (alpha, near infrared) is
@@ -101,13 +104,18 @@ def read_rgb(path: str | Path) -> np.ndarray:
         ValueError: not 8 bit, or not 3 or 4 bands; the message names the file.
     """
     bands = read_bands(path)
-    if bands.dtype != np.uint8 or bands.ndim != 3 or bands.shape[2] not in (3, 4):
-        found = 1 if bands.ndim == 2 else bands.shape[-1]
+    found = bands.shape[2] if bands.ndim == 3 else 1
+    if found in (3, 4) and bands.dtype == np.uint8:
+        return bands[..., :3]
+    if found not in (3, 4) or percentile is None:
         raise ValueError(
             f"{path}: {found} band(s) of {bands.dtype} where 3 or 4 bands of uint8 are "
             "needed; convert.tif_to_rgb scales 16-bit scenes with its percentile"
         )
-    return bands[..., :3]
+    rgb = bands[..., :3]
+    low, high = np.percentile(rgb, (percentile, 100 - percentile), axis=(0, 1))
+    low, high = low.astype(np.float32), np.maximum(high, low + 1).astype(np.float32)
+    return np.clip(np.rint((rgb - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
 
 def read_window(path: str | Path, x1: int, y1: int, x2: int, y2: int) -> np.ndarray:

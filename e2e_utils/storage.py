@@ -17,7 +17,6 @@ import re
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,12 +56,10 @@ class TransferReport:
     moved: int
     skipped: int
     bytes_moved: int
-    seconds: float
 
     def __str__(self) -> str:
-        megabytes = self.bytes_moved / 1e6
-        moved = f"{megabytes:.1f} MB, {megabytes / self.seconds:.1f} MB/s"
-        return f"{self.moved} files moved ({moved}), {self.skipped} already there"
+        moved = f"{self.moved} files moved ({self.bytes_moved / 1e6:.1f} MB)"
+        return f"{moved}, {self.skipped} already there"
 
 
 def open_store(url: Url, **options: Any) -> ObjectStore:
@@ -95,7 +92,7 @@ def open_store(url: Url, **options: Any) -> ObjectStore:
 
 
 def upload(
-    local_dir: str | Path, url: Url, *, shard_mb: float | None = None, workers: int = 16
+    local_dir: str | Path, url: Url, *, shard_mb: float | None = None
 ) -> TransferReport:
     """Copy a folder to object storage; what is there already is skipped.
 
@@ -111,7 +108,6 @@ def upload(
         shard_mb: pack the files into tars of about so many megabytes, which move much
             faster than small files; `sync` unpacks them. The name of a tar stands for
             the names, sizes and times of its files: where one changed, it is a new tar.
-        workers: transfers at a time.
 
     Returns:
         TransferReport; print it.
@@ -141,15 +137,15 @@ def upload(
         loose = {name: {name: stamp} for name, stamp in files.items()}
         same = {n for n in files if n in there and there[n][0] == files[n][0]}
         current = {n for n in same if there[n][1] >= files[n][1]}
-        return _in_threads("upload", put, loose, current, workers)
+        return _in_threads("upload", put, loose, current)
     tars = _tars(files, shard_mb * 1e6)
-    report = _in_threads("upload", put_tar, tars, set(there), min(workers, 4))
+    report = _in_threads("upload", put_tar, tars, set(there), threads=4)
     with _named(f"{url}: upload of {INDEX}"):  # last: what it lists is there
         obstore.put(store, INDEX, json.dumps(tars).encode())
     return report
 
 
-def sync(url: Url, local_dir: str | Path, *, workers: int = 16) -> TransferReport:
+def sync(url: Url, local_dir: str | Path) -> TransferReport:
     """Copy a folder from object storage; what is there already is skipped.
 
     A file is there already if it has the size and the time that `sync` gave it: those
@@ -163,7 +159,6 @@ def sync(url: Url, local_dir: str | Path, *, workers: int = 16) -> TransferRepor
     Args:
         url: where from, see the module.
         local_dir: made if it is not there.
-        workers: transfers at a time.
 
     Returns:
         TransferReport; print it.
@@ -189,7 +184,7 @@ def sync(url: Url, local_dir: str | Path, *, workers: int = 16) -> TransferRepor
                 _write(folder / name, obstore.get(store, name).stream(), there[name])
 
     current = {n for n, inside in objects.items() if inside.items() <= files.items()}
-    return _in_threads("sync", get, objects, current, workers)
+    return _in_threads("sync", get, objects, current)
 
 
 def _local_stamps(folder: Path) -> Stamps:
@@ -263,15 +258,17 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _in_threads(
-    what: str, work: Callable[[str], None], objects: Objects, done: set, workers: int
+    what: str,
+    work: Callable[[str], None],
+    objects: Objects,
+    done: set,
+    threads: int = 16,
 ) -> TransferReport:
     """Run `work` on the name of every object that is not done."""
-    start = time.perf_counter()
     todo = [name for name in objects if name not in done]
-    thread_map(work, todo, max_workers=workers, desc=what, unit="file")
+    thread_map(work, todo, max_workers=threads, desc=what, unit="file")
     nbytes = sum(int(size) for name in todo for size, _ in objects[name].values())
-    seconds = time.perf_counter() - start
-    return TransferReport(len(todo), len(objects) - len(todo), nbytes, seconds)
+    return TransferReport(len(todo), len(objects) - len(todo), nbytes)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
-from .coco import Coco, Image, read_coco, to_annotations, write_coco
+from .coco import Coco, Image, count_defects, read_coco, to_annotations, write_coco
 from .files import write_file
 from .grid import clip_to_tiles, tile_grid
 from .scenes import FailedScenes
-from .tile_files import write_tiles
+from .tile_files import Tiles, start_manifest, write_tiles
 
 
 @dataclass
@@ -40,12 +40,10 @@ class _Scene:
     categories: np.ndarray  # int64 (P,)
     keep: np.ndarray  # bool (T,): tiles of the JSON
 
-    def tiles(self, every: bool = False) -> dict[str, list[int]]:
-        """Names of the kept, or of all, tiles: x1, y1, x2, y2 in scene pixels."""
-        rows = (self.grid if every else self.grid[self.keep]).tolist()
-        return {
-            f"{self.prefix}_{a}_{b}_{c}_{d}.jpg": [a, b, c, d] for a, b, c, d in rows
-        }
+    def tiles(self) -> Tiles:
+        """Names of the kept tiles: x1, y1, x2, y2 in scene pixels."""
+        rows = self.grid[self.keep].tolist()
+        return {f"{self.prefix}_{'_'.join(map(str, row))}.jpg": row for row in rows}
 
 
 @dataclass
@@ -93,16 +91,14 @@ def _usable_boxes(
     ends = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     xyxy = np.hstack([np.minimum(*ends), np.maximum(*ends)])
     area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
-    usable = np.ones(len(rows), bool)
-    for reason, bad in (
-        ("image not listed", scene < 0),
-        ("category not listed", ~np.isin(category, known)),
-        ("zero area", area == 0),
-        ("area below 1 pixel", ~(area >= 1)),
-    ):
-        report.dropped[reason] = int((usable & bad).sum())
-        usable &= ~bad
-    order = np.flatnonzero(usable)
+    order, report.dropped = count_defects(
+        {
+            "image not listed": scene < 0,
+            "category not listed": ~np.isin(category, known),
+            "zero area": area == 0,
+            "area below 1 pixel": ~(area >= 1),
+        }
+    )
     order = order[np.argsort(scene[order], kind="stable")]
     return scene[order], category[order], xyxy[order]
 
@@ -136,40 +132,46 @@ def _plan(
     return scenes
 
 
-def _choose_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
+def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
     """Keep `ratio` tiles without boxes for each tile with boxes, over all scenes."""
-    positives = sum(int(scene.keep.sum()) for scene in scenes)
-    empty = [(scene, t) for scene in scenes for t in np.flatnonzero(~scene.keep)]
-    wanted = min(len(empty), round(ratio * positives))
-    for i in np.random.default_rng(seed).choice(len(empty), wanted, replace=False):
-        scene, tile = empty[i]
-        scene.keep[tile] = True
+    keep = np.concatenate([np.zeros(0, bool), *(scene.keep for scene in scenes)])
+    empty = np.flatnonzero(~keep)
+    wanted = min(len(empty), round(ratio * keep.sum()))
+    chosen = np.random.default_rng(seed).choice(len(empty), wanted, replace=False)
+    keep[empty[chosen]] = True
+    ends = np.cumsum([len(scene.keep) for scene in scenes])
+    for scene, part in zip(scenes, np.split(keep, ends), strict=False):
+        scene.keep = part
 
 
-def _save(
-    scenes: list[_Scene], coco: Coco, report: TilingReport, settings: dict
-) -> None:
-    """Write the COCO file of the tiles and the manifest; count what is in them."""
+def _make_manifest(scenes: list[_Scene], image_dir: Path, settings: dict) -> dict:
+    """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
+    rows, tiles = [], []
+    for scene in scenes:
+        row, name = msgspec.to_builtins(scene.image), scene.image.file_name
+        if (image_dir / name).exists():
+            stat = (image_dir / name).stat()
+            row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        rows.append(row)
+        for tile, xyxy in scene.tiles().items():
+            tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
+    return {"settings": settings, "scenes": rows, "tiles": tiles}
+
+
+def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
+    """Write the COCO file of the tiles; count what is in it."""
     images: list[Image] = []
-    tiles = []
     for scene in scenes:
         for name, (x1, y1, x2, y2) in scene.tiles().items():
             images.append(Image(y2 - y1, x2 - x1, len(images) + 1, name))
-            row = {"file_name": name, "scene": scene.image.file_name}
-            tiles.append({**row, "xyxy": [x1, y1, x2, y2]})
     in_tile = [n for scene in scenes for n in scene.counts[scene.keep].tolist()]
-    categories = [c for scene in scenes for c in scene.categories.tolist()]
     annotations = to_annotations(
         np.vstack([np.zeros((0, 4)), *(scene.boxes_xywh for scene in scenes)]),
         np.repeat(np.arange(1, len(images) + 1), in_tile),
-        np.array(categories, np.int64),
+        np.concatenate([np.zeros(0, int), *(scene.categories for scene in scenes)]),
         outlines=True,
     )
     write_coco(report.coco_json, Coco(images, annotations, coco.categories))
-    fields = ("file_name", "height", "width")
-    sizes = [{name: getattr(scene.image, name) for name in fields} for scene in scenes]
-    manifest = {"settings": settings, "scenes": sizes, "tiles": tiles}
-    write_file(report.manifest, [msgspec.json.encode(manifest)])
     report.tiles, report.annotations = len(images), len(annotations)
     report.negatives = in_tile.count(0)
 
@@ -185,20 +187,17 @@ def slice_coco(
     min_area_ratio: float = 0.1,
     ignore_negative_samples: bool = True,
     negative_ratio: float = 0.0,
-    write_all_tiles: bool = False,
     seed: int = 0,
-    workers: int | None = None,
-    progress: bool = True,
 ) -> TilingReport:
     """Cut a COCO data set of scenes into a COCO data set of tiles.
 
     Writes into `output_dir`, for split "train", size 300 and overlap 0.2:
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
     `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
-    `train_300_02_manifest.json` (`settings`; `scenes` with file_name, height, width;
-    `tiles` with file_name, scene and xyxy in scene pixels). Boxes are cut, polygons of
-    the input are not read. The hidden folder `.train_300_02` remembers which scenes are
-    done: run again, the work continues; with other settings, its own old tiles go.
+    `train_300_02_manifest.json` (`settings`; `scenes` with id, file_name, height,
+    width, bytes, mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels).
+    Boxes are cut, polygons of the input are not read. Run again, the work continues by
+    the manifest: tiles of other settings, or of a scene that has changed, are removed.
 
     Args:
         image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.read_rgb`.
@@ -212,11 +211,7 @@ def slice_coco(
             as validation needs: false positives on empty ground show only there.
         negative_ratio: of the tiles that would be left out, keep so many for each tile
             with boxes, chosen at random by `seed`; 0.5 keeps one for every two.
-        write_all_tiles: write the JPEGs of left-out tiles too, as SAHI does.
         seed: for `negative_ratio`.
-        workers: threads (decoding and encoding leave Python's lock), each holding one
-            scene; as many as there are cores if left out.
-        progress: show a progress bar.
 
     Returns:
         TilingReport with the paths and the counts; print it for a table.
@@ -243,19 +238,10 @@ def slice_coco(
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
     coco.annotations.clear()
     if ignore_negative_samples:
-        _choose_negatives(scenes, negative_ratio, seed)
+        _keep_negatives(scenes, negative_ratio, seed)
     else:
         for scene in scenes:
             scene.keep[:] = True
-    report.resumed, report.failed = write_tiles(
-        Path(image_dir),
-        report.image_dir,
-        out / f".{split}_{tag}",
-        {scene.prefix: (scene.image, scene.tiles(write_all_tiles)) for scene in scenes},
-        workers=workers,
-        title=f"{split} scenes" if progress else None,
-    )
-    scenes = [s for s in scenes if s.image.file_name not in report.failed]
     settings = {
         "slice_size": slice_size,
         "overlap_ratio": overlap_ratio,
@@ -264,13 +250,22 @@ def slice_coco(
         "negative_ratio": negative_ratio,
         "seed": seed,
     }
-    _save(scenes, coco, report, settings)
+    images = Path(image_dir)
+    manifest = _make_manifest(scenes, images, settings)
+    start_manifest(report.manifest, report.image_dir, manifest)
+    jobs = [(scene.image, scene.tiles()) for scene in scenes]
+    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes")
+    report.resumed, report.failed = done
+    scenes = [s for s in scenes if s.image.file_name not in report.failed]
+    _save(scenes, coco, report)
     if report.failed:
+        manifest = _make_manifest(scenes, images, settings)
+        write_file(report.manifest, [msgspec.json.encode(manifest)])
         raise FailedScenes(report)
     return report
 
 
-def main() -> None:
+def main() -> int:
     """Cut the train and the val data set, with the flags of the original command."""
     from jsonargparse import ArgumentParser
 
@@ -281,23 +276,23 @@ def main() -> None:
         parser.add_argument(f"--{split}_dataset_json_path", required=True)
         parser.add_argument(f"--output_{split}_dir", required=True)
     given = parser.parse_args().as_dict()
-    options = {name: given[name] for name in shared}
-    failures = []
+    status = 0
     for split in ("train", "val"):
-        options["coco_json"] = given[f"{split}_dataset_json_path"]
-        options["output_dir"] = given[f"output_{split}_dir"]
         try:
-            report = slice_coco(**options)
+            report = slice_coco(
+                coco_json=given[f"{split}_dataset_json_path"],
+                output_dir=given[f"output_{split}_dir"],
+                **{name: given[name] for name in shared},
+            )
         except FailedScenes as error:
-            report = error.report
-            failures.append(str(error))
+            report, status = error.report, 1
+            print(f"error: {error}", file=sys.stderr)
         print(f"{report.coco_json}\n{report}\n")
-    if failures:
-        raise RuntimeError("\n".join(failures))
+    return status
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

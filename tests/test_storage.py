@@ -8,42 +8,21 @@ import os
 import resource
 import runpy
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
-import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import obstore
 import pytest
+from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from e2e_utils.storage import INDEX, StorageError, open_store, sync, upload
 
 pytestmark = pytest.mark.slow
-
-
-def start_moto():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1)
-            return server, f"http://127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.1)
-    server.kill()
-    raise RuntimeError("moto's server did not start in 30 s")
 
 
 def client(endpoint):
@@ -53,10 +32,10 @@ def client(endpoint):
 
 @pytest.fixture(scope="module")
 def moto():
-    server, endpoint = start_moto()
-    yield endpoint
-    server.kill()
-    server.wait()
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
 
 
 @pytest.fixture
@@ -195,7 +174,8 @@ def test_folder_comes_back_whole_and_is_not_moved_twice(
     down = sync(url, back)
     assert content(back) == content(tiles)
     assert not (back / ".train_300_02").exists() and not (back / ".tars").exists()
-    assert up.skipped == down.skipped == 0 and up.moved == down.moved > 3
+    assert up.skipped == down.skipped == 0
+    assert up.moved == down.moved == (16 if shard_mb is None else 4)
     assert up.bytes_moved == down.bytes_moved == sum(map(len, content(tiles).values()))
     for folder in (tiles, back):
         again = upload(folder, url, shard_mb=shard_mb)
@@ -220,11 +200,6 @@ def test_what_changed_on_either_side_is_moved_again_and_nothing_else(
     (back / "a b ü#%20.txt").unlink()
     assert sync(remote, back).moved in (1, 2)  # both may be in one tar
     assert content(back) == content(tiles)
-
-
-def test_tars_have_about_the_size_that_was_asked_for(tiles, tmp_path):
-    for shard_mb, count in ((0.005, 4), (100, 1)):
-        assert upload(tiles, tmp_path / str(count), shard_mb=shard_mb).moved == count
 
 
 def test_tars_are_listed_last_and_hide_files_that_were_there_before(
@@ -259,11 +234,15 @@ def test_fault_that_passes_is_overcome(tiles, back, bucket, proxy, fault, shard_
 
 
 @pytest.mark.parametrize("fault", [500, "cut", "short"])
-def test_lasting_fault_names_the_object_and_leaves_no_half_file(
+def test_lasting_fault_names_the_object_and_is_continued_from(
     tiles, back, bucket, proxy, fault
 ):
-    upload(tiles, bucket)
+    proxy.fault = first(10**6, "PUT", "5_7_0_300.jpg", 503)
+    with pytest.raises(StorageError, match="upload of train_images.*5_7_0_300.jpg"):
+        upload(tiles, bucket)
+    there = len(obstore.list(open_store(bucket)).collect())
     proxy.fault = first(10**6, "GET", "5_7_0_300.jpg", fault)
+    assert upload(tiles, bucket).skipped == there
     with pytest.raises(StorageError, match="download of train_images.*5_7_0_300.jpg"):
         sync(bucket, back)
     got = content(back)
@@ -311,18 +290,6 @@ def test_full_disk_is_an_error_and_the_sync_continues_with_room(tiles, tmp_path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(back.rglob("*.part")) and not (back / "large.bin").exists()
     sync(tmp_path / "remote", back)
-    assert content(back) == content(tiles)
-
-
-def test_interrupted_upload_is_continued(tiles, back, bucket, proxy):
-    proxy.fault = first(10**6, "PUT", "5_7_0_300.jpg", 503)
-    with pytest.raises(StorageError, match="upload of train_images.*5_7_0_300.jpg"):
-        upload(tiles, bucket)
-    before = len(obstore.list(open_store(bucket)).collect())
-    proxy.fault = lambda *_: None
-    report = upload(tiles, bucket)
-    assert (report.skipped, report.moved) == (before, len(content(tiles)) - before)
-    sync(bucket, back)
     assert content(back) == content(tiles)
 
 
