@@ -2,20 +2,19 @@
 
 Copy: this folder and e2e_utils.
 
-The model, the step, the data order and the figures are those of `e2e_utils.train`; a
-trial with the same seed sees the same batches and computes the same losses. What is
-here tells Determined where they are. e2e_utils/experiment.py lists the
-hyperparameters.
+The model, the step, the data order and the metrics are those of `e2e_utils.train`; a
+trial with the same seed sees the same batches and computes the same losses.
+e2e_utils/experiment.py lists the hyperparameters.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from determined import pytorch
 from torch import nn
 
@@ -25,7 +24,7 @@ from e2e_utils.experiment import fetch_tiles, train_config
 from e2e_utils.hardware import native_precisions
 from e2e_utils.optim import update_ema
 from e2e_utils.run import gather, set_up
-from e2e_utils.train import forward_losses, seed_step
+from e2e_utils.train import check_finite, forward_losses, seed_step
 
 
 class CocoReducer(pytorch.MetricReducer):
@@ -72,7 +71,7 @@ class _Epochs:
 
 
 class _Callback(pytorch.PyTorchCallback):
-    """Puts into a checkpoint what describes the model, and tells the outside."""
+    """Puts into a checkpoint what describes the model, and reports."""
 
     def __init__(self, trial: ObjectDetectionTrial) -> None:
         self.trial, self.run = trial, trial.run
@@ -83,11 +82,8 @@ class _Callback(pytorch.PyTorchCallback):
         if not step:
             self.run.eval_model.load_state_dict(self.run.model.state_dict())
         if scheduler.last_epoch != step:
-            scheduler.last_epoch = step
-            for group, factor in zip(
-                self.run.optimizer.param_groups, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = group["initial_lr"] * factor(step)
+            scheduler.last_epoch = step - 1
+            scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         averages = self.run.eval_model is not self.run.model
@@ -132,12 +128,9 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
 
     Args:
         context: of Determined.
-        hparams: see e2e_utils/experiment.py; those of the experiment by default.
-        start: steps already done, where Determined cannot know (a resumed run off
-            the cluster).
-        stop: last step of this run, where it ends before max_batches.
-        report: called with (metrics, step) on the chief: the losses of each step, the
-            COCO figures of each validation.
+        start: steps done, where Determined cannot know (a resumed run off the cluster).
+        report: called on the chief with (metrics, step): the losses of each step, the
+            COCO metrics of each validation.
 
     Attributes:
         run: of `e2e_utils.run`; its metrics are those of the last validation.
@@ -147,14 +140,12 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
     def __init__(
         self,
         context: pytorch.PyTorchTrialContext,
-        hparams: dict | None = None,
         start: int | None = None,
-        stop: int | None = None,
         report: Callable[[dict, int], None] | None = None,
     ) -> None:
         context.experimental.disable_dataset_reproducibility_checks()
         context.experimental.disable_auto_to_device()  # forward_losses moves the batch
-        hparams = context.get_hparams() if hparams is None else hparams
+        hparams = context.get_hparams()
         self.context, self.report = context, report
         self.checkpoint: str | None = None
         slots = context.distributed.size
@@ -165,7 +156,6 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         context.distributed.broadcast_local(None)  # wait for whoever fetches
         self.run = set_up(replace(config, data_path=tiles))
         self.run.step = context.get_initial_batch() if start is None else start
-        self.stop = min(stop or self.run.steps, self.run.steps)
         if len(self.run.val_set) < slots:
             raise ValueError(
                 f"{self.run.val_set.json_path} has {len(self.run.val_set)} tiles for "
@@ -188,29 +178,26 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
 
         Raises:
             ValueError: it is unknown, was asked otherwise, or the slots have no units
-                for it; or it needs a gradient scaler that this trial has not, which
-                Determined takes before the checkpoint is read.
+                for it; or it needs a gradient scaler, which Determined takes earlier.
         """
         run, amp = self.run, self.run.config.amp
         if began == run.precision or (began is None and amp != "auto"):
             return
         able = set.intersection(*map(set, gather(native_precisions(run.device))))
-        scaled = "fp16" in (began, run.precision)
-        if amp == "auto" and began in able and not scaled:
+        if amp == "auto" and began in able and "fp16" not in (began, run.precision):
             run.precision = str(began)
             return
-        before = began or "a precision that it does not say"
         wanted = {"fp32": "off", None: "off or bf16"}.get(began, began)
         raise ValueError(
-            f"the checkpoint was trained in {before}, this trial would go on in "
-            f'{run.precision}: give it amp: "{wanted}"'
+            f"the checkpoint was trained in {began or 'an unknown precision'}, this "
+            f'trial would go on in {run.precision}: give it amp: "{wanted}"'
         )
 
     def build_callbacks(self) -> dict[str, pytorch.PyTorchCallback]:
         return {"e2e": _Callback(self)}
 
     def build_training_data_loader(self) -> Any:
-        return _Epochs(self.run.loader(self.stop), self.run.steps_per_epoch)
+        return _Epochs(self.run.loader(), self.run.steps_per_epoch)
 
     def build_validation_data_loader(self) -> Any:
         run = self.run
@@ -230,12 +217,9 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         run.step += 1
         seed_step(config.seed, run.step, run.rank)
         losses = forward_losses(self.wrapped, images, targets, run.dtype)
-        if not math.isfinite(losses["loss"].detach()):
-            ids = {target["image_id"] for target in targets}
-            tiles = [i["file_name"] for i in run.train_set.images if i["id"] in ids]
-            raise FloatingPointError(
-                f"the loss is not finite at step {run.step}, on {', '.join(tiles)}"
-            )
+        values = torch.stack(list(losses.values())).detach().float()
+        run.unreported = [(values, [target["image_id"] for target in targets])]
+        check_finite(run)
         self.context.backward(run.scaler.scale(losses["loss"]))
         self.context.step_optimizer(run.optimizer, self._clip, scaler=run.scaler)
         run.scaler.update()
