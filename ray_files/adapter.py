@@ -160,9 +160,7 @@ def join_url(storage: str, *names: str) -> str:
 def local_tiles(hparams: dict, tiles: str | Path | None = None) -> dict:
     """Hyperparameters with an absolute data_dir: Ray changes the working directory.
 
-    Args:
-        hparams: see e2e_utils/experiment.py.
-        tiles: folder to take the tiles from, whatever backend and data_dir say.
+    `tiles` is a folder to take the tiles from, whatever backend and data_dir say.
     """
     if tiles is not None:
         hparams = {**hparams, "backend": "local", "data_dir": str(tiles)}

@@ -34,14 +34,9 @@ from ray_files import adapter
 
 def _worker(task: dict) -> None:
     """What each worker of Ray Train runs."""
-    adapter.fit_on_ray(
-        TrainConfig(**task["config"]),
-        task["hparams"],
-        ray.train.report,
-        ray.train.get_checkpoint(),
-        task["path"],
-        task["verbose"],
-    )
+    given = {**task, "config": TrainConfig(**task["config"])}
+    last = ray.train.get_checkpoint()
+    adapter.fit_on_ray(send=ray.train.report, checkpoint=last, **given)
 
 
 def trainer(
@@ -121,15 +116,13 @@ def train(
     config = replace(config, init_checkpoint=absolute_init(config.init_checkpoint))
     with adapter.ray_session(workers, verbose):
         gpu = adapter.takes_gpu(gpu, workers)
-        run = trainer(
-            config, workers, kept, name, gpu, max_failures, hparams, verbose
-        ).fit()
+        given = config, workers, kept, name, gpu, max_failures, hparams, verbose
+        run = trainer(*given).fit()
         if run.checkpoint is None:  # fit raises where a run failed
             raise RuntimeError(f"{kept}/{name} ended without a checkpoint")
         with run.checkpoint.as_directory() as folder:
             records = read_metrics(Path(folder) / "metrics.jsonl")
-    validated = [record for record in records if "AP" in record]
-    last = validated[-1] if validated else {}
+    last: dict = next((r for r in reversed(records) if "AP" in r), {})
     return {
         "metrics": {**searcher_metrics(last), "batches": last.get("step")},
         "losses": {r["step"]: r["loss"] for r in records if "loss" in r},

@@ -21,9 +21,9 @@ How the YAML is read; the reference is Determined 0.38.1's master:
     slots_per_trial   workers of each trial; max_restarts its restarts
     experiment_seed   of the samples, 0 by default
 
-At a rung a trial goes on if it is in the best 1/divisor. Determined ranks it among all
-that came so far; Ray compares it with the percentile of those before it, and never
-stops the first. What else a searcher says is refused.
+At a rung a trial goes on if it is in the best 1/divisor: with Determined, of all that
+came so far; with Ray, of those before it, so that the first is never stopped. What
+else a searcher says is refused.
 
 Copy: this folder, determined_files and e2e_utils.
 """

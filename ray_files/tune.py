@@ -227,12 +227,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", default="runs/ray", help="folder or URL")
     given = vars(parser.parse_args(arguments))
     experiment = read_experiment(given.pop("config"), given.pop("overrides"))
-    searcher = experiment["searcher"]
+    metric = experiment["searcher"]["metric"]
 
     def show(record: dict) -> None:
-        line, metric = f"trial {record['trial']} {record['state']}", searcher["metric"]
-        if record["curve"]:
-            batches, value = record["curve"][-1]
+        line = f"trial {record['trial']} {record['state']}"
+        for batches, value in record["curve"][-1:]:
             line += f"  batches {batches}  {metric} {value:.4f}"
         print(line, flush=True)
 
