@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,16 +77,17 @@ class _Callback(pytorch.PyTorchCallback):
 
     def on_training_start(self) -> None:
         # A new trial may start from the weights of another, whose schedule is over
-        scheduler, step = self.run.scheduler, self.run.step
-        if not step:
-            self.run.eval_model.load_state_dict(self.run.model.state_dict())
-        if scheduler.last_epoch != step:
-            scheduler.last_epoch = step - 1
-            scheduler.step()
+        run = self.run
+        if not run.step:
+            run.eval_model.load_state_dict(run.model.state_dict())
+        if run.scheduler.last_epoch != run.step:
+            run.scheduler.last_epoch = run.step - 1
+            run.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        averages = self.run.eval_model is not self.run.model
-        return {"average": self.run.eval_model.state_dict()} if averages else {}
+        if self.run.eval_model is self.run.model:
+            return {}
+        return {"average": self.run.eval_model.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "average" in state_dict and self.run.step:
@@ -104,9 +104,7 @@ class _Callback(pytorch.PyTorchCallback):
         name, keys, *rest = checkpoint["rng_state"]["np_rng_state"]
         checkpoint["rng_state"]["np_rng_state"] = (name, keys.tolist(), *rest)
 
-    def on_training_workload_end(
-        self, avg_metrics: dict[str, Any], batch_metrics: Any
-    ) -> None:
+    def on_training_workload_end(self, avg_metrics: dict, batch_metrics: Any) -> None:
         # a list with a dict for each step, whatever Determined's hint says
         if self.trial.report and not self.run.rank:
             first = self.run.step - len(batch_metrics) + 1
@@ -148,30 +146,27 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         hparams = context.get_hparams()
         self.context, self.report = context, report
         self.checkpoint: str | None = None
-        slots = context.distributed.size
-        config = train_config(hparams, slots)
+        slots, local_rank = context.distributed.size, context.distributed.local_rank
         self._scratch = tempfile.TemporaryDirectory(prefix="fake_tiles_")
-        local_rank = context.distributed.local_rank
         tiles = fetch_tiles(hparams, self._scratch.name, local_rank)
         context.distributed.broadcast_local(None)  # wait for whoever fetches
-        self.run = set_up(replace(config, data_path=tiles))
-        self.run.step = context.get_initial_batch() if start is None else start
-        if len(self.run.val_set) < slots:
+        self.run = run = set_up(train_config(hparams, slots, tiles))
+        run.step = context.get_initial_batch() if start is None else start
+        if len(run.val_set) < slots:
             raise ValueError(
-                f"{self.run.val_set.json_path} has {len(self.run.val_set)} tiles for "
-                f"{slots} slots; each needs at least one"
+                f"{run.val_set.json_path} has {len(run.val_set)} tiles for {slots} "
+                "slots; each needs at least one"
             )
-        if self.run.scaler.is_enabled():
-            context.wrap_scaler(self.run.scaler)  # Determined saves and resumes it
-        self.wrapped = context.wrap_model(self.run.model)
-        self.run.optimizer = context.wrap_optimizer(self.run.optimizer)
+        if run.scaler.is_enabled():
+            context.wrap_scaler(run.scaler)  # Determined saves and resumes it
+        self.wrapped = context.wrap_model(run.model)
+        run.optimizer = context.wrap_optimizer(run.optimizer)
         context.wrap_lr_scheduler(
-            self.run.scheduler,  # type: ignore[arg-type]  # hint of torch 1
+            run.scheduler,  # type: ignore[arg-type]  # hint of torch 1
             pytorch.LRScheduler.StepMode.MANUAL_STEP,
         )
-        self.reducer = context.wrap_reducer(
-            CocoReducer(self.run.val_set.coco, not self.run.rank), for_training=False
-        )
+        reducer = CocoReducer(run.val_set.coco, chief=not run.rank)
+        self.reducer = context.wrap_reducer(reducer, for_training=False)
 
     def keep_precision(self, began: str | None) -> None:
         """Go on in the precision in which the trial began.
@@ -200,13 +195,8 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         return _Epochs(self.run.loader(), self.run.steps_per_epoch)
 
     def build_validation_data_loader(self) -> Any:
-        run = self.run
-        return eval_loader(
-            run.val_set,
-            workers=run.config.workers,
-            rank=run.rank,
-            world_size=run.world_size,
-        )
+        share = {"rank": self.run.rank, "world_size": self.run.world_size}
+        return eval_loader(self.run.val_set, workers=self.run.config.workers, **share)
 
     def get_batch_length(self, batch: Any) -> int:
         return len(batch[0])
@@ -232,19 +222,12 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         self.run.scaler.unscale_(self.run.optimizer)
         # in the model's order of parameters, not the optimizer's: the sum of squares
         # then rounds as in e2e_utils.train
-        if self.run.config.clip_grad:
-            parameters = self.run.model.parameters()
-            nn.utils.clip_grad_norm_(parameters, self.run.config.clip_grad)
+        if limit := self.run.config.clip_grad:
+            nn.utils.clip_grad_norm_(self.run.model.parameters(), limit)
 
     def evaluate_batch(self, batch: Any, batch_idx: int) -> dict:
-        run = self.run
-        ids = [target["image_id"] for target in batch[1]]
-        found = detect(
-            run.eval_model,  # not a DDP wrapper: slots may differ in number of batches
-            [batch],
-            run.device,
-            run.val_set.category_ids,
-            run.dtype,
-        )
-        self.reducer.update(ids, found)
+        run, categories = self.run, self.run.val_set.category_ids
+        # not by the DDP wrapper: slots may differ in their number of batches
+        found = detect(run.eval_model, [batch], run.device, categories, run.dtype)
+        self.reducer.update([target["image_id"] for target in batch[1]], found)
         return {}
