@@ -9,22 +9,16 @@
 Copy: this folder and e2e_utils.
 
 There is no trial class. The loop is `e2e_utils.train.fit` as it stands, and Determined
-stands at its three callables: `report` tells the metrics, `save` uploads a checkpoint,
+stands at its three callables: `report` sends the metrics, `save` uploads a checkpoint,
 `should_stop` asks for preemption, each on the chief alone. A paused trial finds its
-checkpoint in output_dir when it comes back, and `fit` goes on by itself.
-
-Nothing here calls core_context.searcher, which Determined 0.38 gave up: the length is
-a hyperparameter, and a searcher reads the validation metrics and ends a trial by
-preempting it.
+checkpoint in output_dir when it comes back, and `fit` goes on by itself. The length is
+a hyperparameter: Determined 0.38 gave up core_context.searcher.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import logging
-import os
 import shutil
 import signal
 import sys
@@ -35,18 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import determined as det
-import torch.distributed as dist
 from determined import core
 
 from e2e_utils.evaluate import searcher_metrics
 from e2e_utils.experiment import fetch_tiles, load_config, train_config
-from e2e_utils.run import start_process_group
 from e2e_utils.train import fit
 
 if __package__:
-    from determined_files.train import show
+    from determined_files.train import command_line, joined_processes, show, trial_info
 else:  # on a cluster, and as a script, this folder is the root
-    from train import show
+    from train import command_line, joined_processes, show, trial_info
 
 FILES = ("last.pt", "best.pt", "metrics.jsonl")  # what fit writes and continues from
 
@@ -58,26 +50,24 @@ def train(
     report: Callable[[dict, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[dict, str | None]:
-    """Run `fit` and tell Determined; a run in output_dir is continued.
+    """Run `fit` and report to Determined; a run in output_dir is continued.
 
     Args:
         core_context: of `determined.core.init`, with `PreemptMode.ChiefOnly`.
         hparams: see e2e_utils/experiment.py.
         output_dir: last.pt, best.pt and metrics.jsonl go here, on each machine.
-        report: told (metrics, step) on the chief, with the names that Determined gets.
+        report: called on the chief with (metrics, step), as Determined gets them.
         should_stop: asked after every step besides Determined.
 
     Returns:
         (metrics of the last validation with its step, id of the last checkpoint); the
         id is None on other processes than the chief.
     """
-    slots, chief = core_context.distributed.size, core_context.distributed.rank == 0
-    output, trial_id = Path(output_dir), _trial_id(core_context)
+    distributed, trial_id = core_context.distributed, _trial_id(core_context)
+    chief, output = distributed.rank == 0, Path(output_dir)
     saved: list[tuple[int, str]] = []
 
-    def tell(values: dict, step: int) -> None:
-        if not chief:
-            return
+    def send(values: dict, step: int) -> None:  # called on the chief alone
         if "loss" in values:
             core_context.train.report_training_metrics(step, values)
         else:
@@ -87,13 +77,12 @@ def train(
         if report:
             report(values, step)
 
-    def store(step: int) -> None:
-        if not chief:
-            return
-        metadata = {"steps_completed": step, "trial_id": trial_id}
-        with core_context.checkpoint.store_path(metadata) as (path, uuid):
-            _copy_run(output, path)
-        saved.append((step, uuid))
+    def upload(step: int) -> None:
+        if chief:
+            metadata = {"steps_completed": step, "trial_id": trial_id}
+            with core_context.checkpoint.store_path(metadata) as (path, uuid):
+                _copy_run(output, path)
+            saved.append((step, uuid))
 
     def stops() -> bool:
         if should_stop and should_stop():
@@ -104,11 +93,10 @@ def train(
         return asks and core_context.preempt.should_preempt(auto_ack=False)
 
     with tempfile.TemporaryDirectory(prefix="fake_tiles_") as scratch:
-        local_rank = core_context.distributed.local_rank
-        tiles = fetch_tiles(hparams, scratch, local_rank)
-        core_context.distributed.broadcast_local(None)  # wait for whoever fetches
-        config = train_config(hparams, slots, tiles, str(output))
-        metrics = fit(config, tell, store, stops, progress=False)
+        tiles = fetch_tiles(hparams, scratch, distributed.local_rank)
+        distributed.broadcast_local(None)  # wait for whoever fetches
+        config = train_config(hparams, distributed.size, tiles, str(output))
+        metrics = fit(config, send, upload, stops, progress=False)
     if saved and saved[-1][0] < hparams["max_batches"]:
         # Or the master would take the clean exit for the end of the training
         core_context.preempt.acknowledge_preemption_signal()
@@ -139,33 +127,23 @@ def _restore(core_context: core.Context, checkpoint: Path, output: Path) -> None
         written_by = json.loads((checkpoint / "metadata.json").read_text())["trial_id"]
         if written_by != trial_id:
             raise ValueError(
-                f"trial {trial_id} was told to begin at the checkpoint "
-                f"{checkpoint.name} of trial {written_by}; core_api.py continues a "
-                "trial and forks none. To start from its weights give its last.pt as "
-                "init_checkpoint."
+                f"trial {trial_id} was given the checkpoint {checkpoint.name} of trial "
+                f"{written_by}; core_api.py continues a trial and forks none. To start "
+                "from its weights give its last.pt as init_checkpoint."
             )
     if core_context.distributed.local_rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         _copy_run(checkpoint, output)
+    core_context.distributed.broadcast_local(None)  # wait for whoever copies
 
 
 @contextlib.contextmanager
 def _core_context(**options: Any) -> Iterator[core.Context]:
     """core.init, within the processes of torchrun or of Determined's launcher."""
-    distributed, joined = None, dist.is_initialized()
-    if start_process_group()[1] > 1:
-        chief_ip = os.environ.get("DET_CHIEF_IP") or os.environ["MASTER_ADDR"]
-        distributed = core.DistributedContext.from_torch_distributed(chief_ip)
-    try:
-        with core.init(
-            distributed=distributed,
-            preempt_mode=core.PreemptMode.ChiefOnly,
-            **options,
-        ) as core_context:
-            yield core_context
-    finally:
-        if dist.is_initialized() and not joined:
-            dist.destroy_process_group()
+    with joined_processes() as distributed:
+        options |= {"distributed": distributed}
+        with core.init(preempt_mode=core.PreemptMode.ChiefOnly, **options) as context:
+            yield context
 
 
 def run_local(
@@ -179,11 +157,10 @@ def run_local(
 
     Args:
         config: of `e2e_utils.experiment.load_config`.
-        output_dir: of the run; a run that is there goes on. Checkpoints go to
-            output_dir/checkpoints/<uuid>.
+        output_dir: a run that is there goes on; checkpoints go to its checkpoints/.
         resume: checkpoint folder to continue from in a new output_dir.
-        report: told (metrics, step) on the chief: the mean losses of twenty steps, the
-            figures of each validation.
+        report: called on the chief with (metrics, step): the mean losses of twenty
+            steps, the figures of each validation.
         should_stop: asked after every step; if true, the run is saved and ends.
 
     Returns:
@@ -200,7 +177,6 @@ def run_local(
     with _core_context(checkpoint_storage=str(storage)) as core_context:
         if resume:
             _restore(core_context, Path(resume), output)
-            core_context.distributed.broadcast_local(None)  # wait for whoever copies
         metrics, uuid = train(
             core_context, config["hyperparameters"], output, report, should_stop
         )
@@ -210,32 +186,20 @@ def run_local(
 def run_on_cluster(info: det.ClusterInfo, report: Callable | None = None) -> dict:
     """Train as the trial that Determined started this process for."""
     with _core_context() as core_context, contextlib.ExitStack() as stack:
-        distributed, made = core_context.distributed, None
+        distributed, folder = core_context.distributed, None
         if distributed.local_rank == 0:
-            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_"))
-        output = Path(distributed.broadcast_local(made))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_"))
+        output = Path(distributed.broadcast_local(folder))
         if info.latest_checkpoint:
             with core_context.checkpoint.restore_path(info.latest_checkpoint) as path:
                 _restore(core_context, path, output)
-            distributed.broadcast_local(None)  # wait for whoever copies
         return train(core_context, info.trial.hparams, output, report)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="name=value")
-    parser.add_argument("--config", help="experiment YAML; not used on a cluster")
-    parser.add_argument("--output-dir", help="folder of the run; goes on from there")
-    parser.add_argument("--resume", metavar="DIR", help="checkpoint to continue from")
-    parser.add_argument("--verbose", action="store_true", help="Determined's log")
+    parser = command_line(__doc__)
     options = parser.parse_args(arguments)
-    info = det.get_cluster_info()
-    on_cluster = info is not None and info.task_type == "TRIAL"
-    level = logging.INFO if on_cluster or options.verbose else logging.WARNING
-    logging.basicConfig(level=level, format=det.LOG_FORMAT)
-    if info is not None and on_cluster:
+    if info := trial_info(options.verbose):
         run_on_cluster(info, show)
         return
     if not (options.config and options.output_dir):

@@ -20,54 +20,49 @@ from e2e_utils.checkpoint import (
     save_checkpoint,
 )
 
-DESCRIPTION: tuple[str, ...] = ("architecture", "settings", "class_names")
-DESCRIPTION += ("tile_size", "overlap", "precision", "step", "metrics")
+_OF_DETECTOR = ("architecture", "settings", "class_names", "tile_size", "overlap")
+DESCRIPTION = (*_OF_DETECTOR, "precision", "step", "metrics")
 
 
 def read_trial_checkpoint(path: str | Path) -> dict:
     """A trial's checkpoint folder as the content of an e2e_utils checkpoint.
 
-    Of a folder of core_api.py it is last.pt that is read, the weights of the step at
-    which the checkpoint was taken; its best.pt is the best until then.
+    Of a folder of core_api.py it is last.pt that is read, not the best until then.
 
     Returns:
-        "model" (state dict, without the prefix that DDP gives its keys; the average of
-        the weights where the trial made one), "architecture", "settings",
-        "class_names", "tile_size", "overlap", "precision", "step" and "metrics" (of the
-        last validation before it; by the names of `e2e_utils.evaluate.METRICS`, or of
-        `coco_metrics` if core_api.py wrote it).
+        "model" (state dict, without DDP's prefix; the average of the weights where the
+        trial made one), "architecture", "settings", "class_names", "tile_size",
+        "overlap", "precision", "step" and "metrics" (of the last validation; by the
+        names of `e2e_utils.evaluate.METRICS`, or of `coco_metrics` if core_api.py
+        wrote it).
 
     Raises:
         FileNotFoundError: neither state_dict.pth nor last.pt in the folder.
         ValueError: it was written neither by ObjectDetectionTrial nor by core_api.py.
     """
     of_trial, of_core_api = Path(path) / "state_dict.pth", Path(path) / "last.pt"
-    if of_trial.is_file():
-        content = load_file(of_trial)
-        if "e2e" not in content:
-            raise ValueError(
-                f"{of_trial} does not say which model it holds: it was not written by "
-                f"ObjectDetectionTrial (its keys: {', '.join(sorted(content))})"
-            )
-        weights = content["callbacks"].get("e2e", {}).get("average")
-        if weights is None:
-            weights = content["models_state_dict"][0]
-            consume_prefix_in_state_dict_if_present(weights, "module.")
-        return {"model": weights, **content["e2e"]}
     if of_core_api.is_file():
         content = read_checkpoint(of_core_api)
         return {key: content[key] for key in ("model", *DESCRIPTION)}
-    raise FileNotFoundError(
-        f"no Determined checkpoint in {path}: neither state_dict.pth nor last.pt"
-    )
+    if not of_trial.is_file():
+        raise FileNotFoundError(
+            f"no Determined checkpoint in {path}: neither {of_trial.name} nor last.pt"
+        )
+    content = load_file(of_trial)
+    if "e2e" not in content:
+        raise ValueError(
+            f"{of_trial} does not say which model it holds: it was not written by "
+            f"ObjectDetectionTrial (its keys: {', '.join(sorted(content))})"
+        )
+    weights = content["callbacks"].get("e2e", {}).get("average")
+    if weights is None:
+        weights = content["models_state_dict"][0]
+        consume_prefix_in_state_dict_if_present(weights, "module.")
+    return {"model": weights, **content["e2e"]}
 
 
 def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model of a trial's checkpoint folder, written on one slot or on many.
-
-    Args:
-        path: folder with state_dict.pth or, by core_api.py, last.pt, as Determined
-            writes and downloads it.
 
     Returns:
         (model, meta) like `e2e_utils.checkpoint.model_from_checkpoint`: the model in
@@ -90,16 +85,13 @@ def download_best(
     metric: str = "mAP",
     master: str | None = None,
 ) -> Path:
-    """The checkpoint with the highest `metric` of an experiment; needs a cluster.
+    """Folder of an experiment's checkpoint with the highest metric; needs a cluster.
 
     Args:
         experiment_id: as `det e create` printed it.
-        output_dir: the checkpoint's folder is made in it, named by its uuid.
+        output_dir: gets the checkpoint's folder, named by its uuid.
         metric: a validation metric, larger is better.
         master: address of the master; $DET_MASTER by default.
-
-    Returns:
-        The folder, for `load_trial_checkpoint`.
 
     Raises:
         ValueError: the experiment has no checkpoint with that metric.

@@ -2,20 +2,19 @@
 
 Copy: this folder and e2e_utils.
 
-The model, the step, the data order and the figures are those of `e2e_utils.train`; a
-trial with the same seed sees the same batches and computes the same losses. What is
-here tells Determined where they are. e2e_utils/experiment.py lists the
-hyperparameters.
+The model, the step, the data order and the metrics are those of `e2e_utils.train`; a
+trial with the same seed sees the same batches and computes the same losses.
+e2e_utils/experiment.py lists the hyperparameters.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from determined import pytorch
 from torch import nn
 
@@ -25,7 +24,7 @@ from e2e_utils.experiment import fetch_tiles, train_config
 from e2e_utils.hardware import native_precisions
 from e2e_utils.optim import update_ema
 from e2e_utils.run import Run, gather
-from e2e_utils.train import forward_losses, seed_step
+from e2e_utils.train import check_finite, forward_losses, seed_step
 
 
 class CocoReducer(pytorch.MetricReducer):
@@ -72,26 +71,24 @@ class _Epochs:
 
 
 class _Callback(pytorch.PyTorchCallback):
-    """Puts into a checkpoint what describes the model, and tells the outside."""
+    """Puts into a checkpoint what describes the model, and reports."""
 
     def __init__(self, trial: ObjectDetectionTrial) -> None:
         self.trial, self.run = trial, trial.run
 
     def on_training_start(self) -> None:
         # A new trial may start from the weights of another, whose schedule is over
-        scheduler, step = self.run.scheduler, self.run.step
-        if not step:
-            self.run.eval_model.load_state_dict(self.run.model.state_dict())
-        if scheduler.last_epoch != step:
-            scheduler.last_epoch = step
-            for group, factor in zip(
-                self.run.optimizer.param_groups, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = group["initial_lr"] * factor(step)
+        run = self.run
+        if not run.step:
+            run.eval_model.load_state_dict(run.model.state_dict())
+        if run.scheduler.last_epoch != run.step:
+            run.scheduler.last_epoch = run.step - 1
+            run.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        averages = self.run.eval_model is not self.run.model
-        return {"average": self.run.eval_model.state_dict()} if averages else {}
+        if self.run.eval_model is self.run.model:
+            return {}
+        return {"average": self.run.eval_model.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "average" in state_dict and self.run.step:
@@ -108,9 +105,7 @@ class _Callback(pytorch.PyTorchCallback):
         name, keys, *rest = checkpoint["rng_state"]["np_rng_state"]
         checkpoint["rng_state"]["np_rng_state"] = (name, keys.tolist(), *rest)
 
-    def on_training_workload_end(
-        self, avg_metrics: dict[str, Any], batch_metrics: Any
-    ) -> None:
+    def on_training_workload_end(self, avg_metrics: dict, batch_metrics: Any) -> None:
         # a list with a dict for each step, whatever Determined's hint says
         if self.trial.report and not self.run.rank:
             first = self.run.step - len(batch_metrics) + 1
@@ -132,12 +127,9 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
 
     Args:
         context: of Determined.
-        hparams: see e2e_utils/experiment.py; those of the experiment by default.
-        start: steps already done, where Determined cannot know (a resumed run off
-            the cluster).
-        stop: last step of this run, where it ends before max_batches.
-        report: called with (metrics, step) on the chief: the losses of each step, the
-            COCO figures of each validation.
+        start: steps done, where Determined cannot know (a resumed run off the cluster).
+        report: called on the chief with (metrics, step): the losses of each step, the
+            COCO metrics of each validation.
 
     Attributes:
         run: of `e2e_utils.run`; its metrics are those of the last validation.
@@ -147,79 +139,66 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
     def __init__(
         self,
         context: pytorch.PyTorchTrialContext,
-        hparams: dict | None = None,
         start: int | None = None,
-        stop: int | None = None,
         report: Callable[[dict, int], None] | None = None,
     ) -> None:
         context.experimental.disable_dataset_reproducibility_checks()
         context.experimental.disable_auto_to_device()  # forward_losses moves the batch
-        hparams = context.get_hparams() if hparams is None else hparams
+        hparams = context.get_hparams()
         self.context, self.report = context, report
         self.checkpoint: str | None = None
-        slots = context.distributed.size
-        config = train_config(hparams, slots)
+        slots, local_rank = context.distributed.size, context.distributed.local_rank
+        config = train_config(hparams, slots)  # checked before anything is fetched
         self._scratch = tempfile.TemporaryDirectory(prefix="fake_tiles_")
-        local_rank = context.distributed.local_rank
         tiles = fetch_tiles(hparams, self._scratch.name, local_rank)
         context.distributed.broadcast_local(None)  # wait for whoever fetches
-        self.run = Run(replace(config, data_path=tiles))
-        self.run.step = context.get_initial_batch() if start is None else start
-        self.stop = min(stop or self.run.steps, self.run.steps)
-        if len(self.run.val_set) < slots:
+        self.run = run = Run(replace(config, data_path=tiles))
+        run.step = context.get_initial_batch() if start is None else start
+        if len(run.val_set) < slots:
             raise ValueError(
-                f"{self.run.val_set.json_path} has {len(self.run.val_set)} tiles for "
-                f"{slots} slots; each needs at least one"
+                f"{run.val_set.json_path} has {len(run.val_set)} tiles for {slots} "
+                "slots; each needs at least one"
             )
-        if self.run.scaler.is_enabled():
-            context.wrap_scaler(self.run.scaler)  # Determined saves and resumes it
-        self.wrapped = context.wrap_model(self.run.model)
-        self.run.optimizer = context.wrap_optimizer(self.run.optimizer)
+        if run.scaler.is_enabled():
+            context.wrap_scaler(run.scaler)  # Determined saves and resumes it
+        self.wrapped = context.wrap_model(run.model)
+        run.optimizer = context.wrap_optimizer(run.optimizer)
         context.wrap_lr_scheduler(
-            self.run.scheduler,  # type: ignore[arg-type]  # hint of torch 1
+            run.scheduler,  # type: ignore[arg-type]  # hint of torch 1
             pytorch.LRScheduler.StepMode.MANUAL_STEP,
         )
-        self.reducer = context.wrap_reducer(
-            CocoReducer(self.run.val_set.coco, not self.run.rank), for_training=False
-        )
+        reducer = CocoReducer(run.val_set.coco, chief=not run.rank)
+        self.reducer = context.wrap_reducer(reducer, for_training=False)
 
     def keep_precision(self, began: str | None) -> None:
         """Go on in the precision in which the trial began.
 
         Raises:
             ValueError: it is unknown, was asked otherwise, or the slots have no units
-                for it; or it needs a gradient scaler that this trial has not, which
-                Determined takes before the checkpoint is read.
+                for it; or it needs a gradient scaler, which Determined takes earlier.
         """
         run, amp = self.run, self.run.config.amp
         if began == run.precision or (began is None and amp != "auto"):
             return
         able = set.intersection(*map(set, gather(native_precisions(run.device))))
-        scaled = "fp16" in (began, run.precision)
-        if amp == "auto" and began in able and not scaled:
+        if amp == "auto" and began in able and "fp16" not in (began, run.precision):
             run.precision = str(began)
             return
-        before = began or "a precision that it does not say"
         wanted = {"fp32": "off", None: "off or bf16"}.get(began, began)
         raise ValueError(
-            f"the checkpoint was trained in {before}, this trial would go on in "
-            f'{run.precision}: give it amp: "{wanted}"'
+            f"the checkpoint was trained in {began or 'an unknown precision'}, this "
+            f'trial would go on in {run.precision}: give it amp: "{wanted}"'
         )
 
     def build_callbacks(self) -> dict[str, pytorch.PyTorchCallback]:
         return {"e2e": _Callback(self)}
 
     def build_training_data_loader(self) -> Any:
-        return _Epochs(self.run.loader(self.stop), self.run.steps_per_epoch)
+        return _Epochs(self.run.loader(), self.run.steps_per_epoch)
 
     def build_validation_data_loader(self) -> Any:
-        run = self.run
-        return eval_loader(
-            run.val_set,
-            workers=run.config.workers,
-            rank=run.rank,
-            world_size=run.world_size,
-        )
+        share = {"rank": self.run.rank, "world_size": self.run.world_size}
+        return eval_loader(self.run.val_set, workers=self.run.config.workers, **share)
 
     def get_batch_length(self, batch: Any) -> int:
         return len(batch[0])
@@ -230,12 +209,9 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         run.step += 1
         seed_step(config.seed, run.step, run.rank)
         losses = forward_losses(self.wrapped, images, targets, run.dtype)
-        if not math.isfinite(losses["loss"].detach()):
-            ids = {target["image_id"] for target in targets}
-            tiles = [i["file_name"] for i in run.train_set.images if i["id"] in ids]
-            raise FloatingPointError(
-                f"the loss is not finite at step {run.step}, on {', '.join(tiles)}"
-            )
+        values = torch.stack(list(losses.values())).detach().float()
+        run.unreported = [(values, [target["image_id"] for target in targets])]
+        check_finite(run)
         self.context.backward(run.scaler.scale(losses["loss"]))
         self.context.step_optimizer(run.optimizer, self._clip, scaler=run.scaler)
         run.scaler.update()
@@ -248,19 +224,12 @@ class ObjectDetectionTrial(pytorch.PyTorchTrial):
         self.run.scaler.unscale_(self.run.optimizer)
         # in the model's order of parameters, not the optimizer's: the sum of squares
         # then rounds as in e2e_utils.train
-        if self.run.config.clip_grad:
-            parameters = self.run.model.parameters()
-            nn.utils.clip_grad_norm_(parameters, self.run.config.clip_grad)
+        if limit := self.run.config.clip_grad:
+            nn.utils.clip_grad_norm_(self.run.model.parameters(), limit)
 
     def evaluate_batch(self, batch: Any, batch_idx: int) -> dict:
-        run = self.run
-        ids = [target["image_id"] for target in batch[1]]
-        found = detect(
-            run.eval_model,  # not a DDP wrapper: slots may differ in number of batches
-            [batch],
-            run.device,
-            run.val_set.category_ids,
-            run.dtype,
-        )
-        self.reducer.update(ids, found)
+        run, categories = self.run, self.run.val_set.category_ids
+        # not by the DDP wrapper: slots may differ in their number of batches
+        found = detect(run.eval_model, [batch], run.device, categories, run.dtype)
+        self.reducer.update([target["image_id"] for target in batch[1]], found)
         return {}

@@ -6,8 +6,8 @@
         --config determined_files/fake.yaml
     det e create determined_files/const.yaml determined_files/ --include e2e_utils
 
-The last line uploads this folder with e2e_utils beside it; the YAML's entrypoint then
-runs this file without arguments, and the cluster says the rest.
+The last line uploads this folder and e2e_utils; the YAML's entrypoint then runs this
+file without arguments.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 import appdirs
 import determined as det
-import torch
 import torch.distributed as dist
 from determined import core, pytorch
 
 from e2e_utils.experiment import absolute_init, fetch_tiles, load_config
+from e2e_utils.run import start_process_group
 
 if __package__:
     from determined_files.model_def import ObjectDetectionTrial
@@ -36,8 +36,6 @@ else:  # on a cluster, and as a script, this folder is the root
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings and their containers; nothing that can run code."""
-
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
@@ -67,21 +65,17 @@ def _every(period: int | None, start: int, stop: int) -> pytorch.Batch | None:
 def fit_trial(
     context: pytorch.PyTorchTrialContext,
     trial: ObjectDetectionTrial,
-    hparams: dict,
-    latest_checkpoint: str | None,
-    offset: int = 0,
-    test_mode: bool = False,
+    start: int = 0,
     **options: Any,
 ) -> None:
-    """Give the lengths among the hyperparameters to Determined's Trainer."""
-    validation = hparams.get("validation_batches") or trial.run.steps_per_epoch
+    """Determined's Trainer with the lengths that the trial's configuration has."""
+    run = trial.run
+    validation = run.config.eval_steps or run.steps_per_epoch
     pytorch.Trainer(trial, context).fit(
-        max_length=pytorch.Batch(trial.stop),
-        validation_period=_every(validation, offset, trial.stop),
-        checkpoint_period=_every(hparams.get("checkpoint_batches"), offset, trial.stop),
+        max_length=pytorch.Batch(run.steps),
+        validation_period=_every(validation, start, run.steps),
+        checkpoint_period=_every(run.config.save_steps, start, run.steps),
         reporting_period=pytorch.Batch(20),
-        latest_checkpoint=latest_checkpoint,
-        test_mode=test_mode,
         **options,
     )
 
@@ -90,7 +84,6 @@ def run_local(
     config: dict,
     output_dir: str | Path | None = None,
     resume: str | Path | None = None,
-    stop: int | None = None,
     test_mode: bool = False,
     report: Callable[[dict, int], None] | None = None,
 ) -> tuple[dict, Path]:
@@ -98,13 +91,11 @@ def run_local(
 
     Args:
         config: of `load_config`.
-        output_dir: checkpoints go to output_dir/determined/<uuid>; where Determined
-            keeps its user's data by default.
+        output_dir: checkpoints go to output_dir/determined/<uuid>; by default to the
+            user's data folder.
         resume: checkpoint folder to continue from.
-        stop: end at this step, before max_batches, the schedule being that of the
-            whole run.
         test_mode: one batch of training, one of validation, a checkpoint.
-        report: told (metrics, step), see `ObjectDetectionTrial`.
+        report: called with (metrics, step), see `ObjectDetectionTrial`.
 
     Returns:
         (metrics of the last validation, folder of the last checkpoint).
@@ -115,28 +106,18 @@ def run_local(
     hparams["init_checkpoint"] = absolute_init(hparams.get("init_checkpoint"))
     start = steps_done(resume) if resume else 0
     last = str(Path(resume).resolve()) if resume else None
-    distributed = None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        os.environ["USE_TORCH_DISTRIBUTED"] = "true"  # asks the Trainer for DDP
-        distributed = core.DistributedContext.from_torch_distributed(
-            chief_ip=os.environ["MASTER_ADDR"]
-        )
-    with _checkpoints_in(output_dir) as folder, contextlib.ExitStack() as stack:
+    with _checkpoints_in(output_dir) as folder, joined_processes() as distributed:
         if distributed:
-            stack.callback(dist.destroy_process_group)
-        context = stack.enter_context(
-            pytorch.init(
-                hparams=hparams,
-                exp_conf={**config, "hyperparameters": hparams},
-                distributed=distributed,
-                enable_tensorboard_logging=False,
-            )
-        )
-        trial = ObjectDetectionTrial(context, hparams, start, stop, report)
-        fit_trial(
-            context, trial, hparams, last, start, test_mode, checkpoint_policy="all"
-        )
+            os.environ["USE_TORCH_DISTRIBUTED"] = "true"  # asks the Trainer for DDP
+        with pytorch.init(
+            hparams=hparams,
+            exp_conf={**config, "hyperparameters": hparams},
+            distributed=distributed,
+            enable_tensorboard_logging=False,
+        ) as context:
+            trial = ObjectDetectionTrial(context, start, report)
+            options = {"checkpoint_policy": "all", "test_mode": test_mode}
+            fit_trial(context, trial, start, latest_checkpoint=last, **options)
         return trial.run.metrics, folder / str(trial.checkpoint)
 
 
@@ -144,10 +125,10 @@ def run_local(
 def _checkpoints_in(output_dir: str | Path | None) -> Iterator[Path]:
     """Let Determined keep its checkpoints in a folder, and only this code with them.
 
-    Off the cluster the place follows from XDG_DATA_HOME, and a checkpoint holds a copy
-    of the whole working directory: this folder, for as long as the training lasts.
+    Off the cluster their folder follows from XDG_DATA_HOME, and each holds a copy of
+    the working directory: this folder, for as long as the training lasts.
     """
-    before, here = os.environ.get("XDG_DATA_HOME"), os.getcwd()
+    before, here = dict(os.environ), os.getcwd()
     if output_dir:
         os.environ["XDG_DATA_HOME"] = str(Path(output_dir).resolve())
     try:
@@ -157,52 +138,77 @@ def _checkpoints_in(output_dir: str | Path | None) -> Iterator[Path]:
         yield folder
     finally:
         os.chdir(here)
-        if before is None:
-            os.environ.pop("XDG_DATA_HOME", None)
-        else:
-            os.environ["XDG_DATA_HOME"] = before
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def run_on_cluster(info: det.ClusterInfo, report: Callable | None = None) -> None:
     """Train as the trial that Determined started this process for."""
-    hparams = info.trial.hparams
-    with pytorch.init(hparams=hparams) as context:
-        trial = ObjectDetectionTrial(context, hparams, report=report)
-        profiling = (info.trial._config.get("profiling") or {}).get("enabled", False)
+    config = info.trial._config
+    with pytorch.init(hparams=info.trial.hparams) as context:
+        trial = ObjectDetectionTrial(context, report=report)
         fit_trial(
             context,
             trial,
-            hparams,
-            info.latest_checkpoint,
-            checkpoint_policy=info.trial._config.get("checkpoint_policy") or "best",
-            profiling_enabled=profiling,
+            latest_checkpoint=info.latest_checkpoint,
+            checkpoint_policy=config.get("checkpoint_policy") or "best",
+            profiling_enabled=(config.get("profiling") or {}).get("enabled", False),
         )
+
+
+# ---- what core_api.py shares
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[core.DistributedContext | None]:
+    """The processes of torchrun or of Determined's launcher; None for a single one."""
+    joined, distributed = dist.is_initialized(), None
+    try:
+        if start_process_group()[1] > 1:
+            chief_ip = os.environ.get("DET_CHIEF_IP") or os.environ["MASTER_ADDR"]
+            distributed = core.DistributedContext.from_torch_distributed(chief_ip)
+        yield distributed
+    finally:
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
 
 
 def show(values: dict, step: int) -> None:
     """Print a line for each validation and for every twentieth step."""
     if "loss" not in values or step % 20 == 0 or step == 1:
-        told = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        print(f"step {step}  {told}", flush=True)
+        line = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        print(f"step {step}  {line}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def command_line(text: str | None) -> argparse.ArgumentParser:
+    """The options of a script that starts a training."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value")
     parser.add_argument("--config", help="experiment YAML; not used on a cluster")
-    parser.add_argument("--output-dir", help="folder for the checkpoints")
+    parser.add_argument("--output-dir", help="folder of the run and its checkpoints")
     parser.add_argument("--resume", metavar="DIR", help="checkpoint to continue from")
-    parser.add_argument("--stop", type=int, help="end at this step, before max_batches")
-    parser.add_argument("--test-mode", action="store_true", help="one batch of each")
     parser.add_argument("--verbose", action="store_true", help="Determined's log")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def trial_info(verbose: bool = False) -> det.ClusterInfo | None:
+    """The cluster that started this process as a trial, or None; sets up the log."""
     info = det.get_cluster_info()
-    on_cluster = info is not None and info.task_type == "TRIAL"
-    level = logging.INFO if on_cluster or options.verbose else logging.WARNING
+    if info and info.task_type != "TRIAL":
+        info = None
+    level = logging.INFO if info or verbose else logging.WARNING
     logging.basicConfig(level=level, format=det.LOG_FORMAT)
-    if info is not None and on_cluster:
+    return info
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--test-mode", action="store_true", help="one batch of each")
+    options = parser.parse_args(arguments)
+    if info := trial_info(options.verbose):
         run_on_cluster(info, show)
         return
     if not options.config:
@@ -211,7 +217,6 @@ def main(arguments: list[str] | None = None) -> None:
         load_config(options.config, options.overrides),
         options.output_dir,
         options.resume,
-        options.stop,
         options.test_mode,
         show,
     )

@@ -1,12 +1,12 @@
-"""What train.py and tune.py share: a Ray to run on, and how `fit` speaks to it.
+"""What train.py and tune.py share: a Ray to run on, and `fit` on it.
 
 Copy: this folder, determined_files and e2e_utils.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -15,20 +15,21 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 import ray
 import torch.distributed as dist
-from ray.train import Checkpoint
+from ray.tune import Checkpoint
 
 from e2e_utils.config import TrainConfig
 from e2e_utils.evaluate import searcher_metrics
-from e2e_utils.experiment import fetch_tiles, train_config
+from e2e_utils.experiment import fetch_tiles
+from e2e_utils.run import start_process_group
+from e2e_utils.train import fit
 
 ROOT = Path(__file__).resolve().parents[1]
-RESUMED = "resumed.json"  # in a checkpoint: its step, and where the run went on
 
 # Of this process and of a Ray that is started here. Each has its reason.
 ENVIRONMENT = {
@@ -46,65 +47,60 @@ ENVIRONMENT = {
 }
 
 
+def command_line(text: str | None) -> argparse.ArgumentParser:
+    """The options that train.py and tune.py have in common."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value")
+    parser.add_argument("--config", required=True, help="experiment YAML")
+    parser.add_argument("--tiles", help="folder of tiles, instead of data_dir")
+    parser.add_argument("--name", help="of the run; the experiment's by default")
+    parser.add_argument("--gpu", action=argparse.BooleanOptionalAction)
+    return parser
+
+
 @contextlib.contextmanager
-def ray_session(
-    cpus: int = 1, verbose: bool = False, dashboard_port: int | None = None
-) -> Iterator[None]:
+def ray_session(cpus: int = 1, verbose: bool = False) -> Iterator[None]:
     """A Ray to run on: the one at hand, the cluster of a job, or one started here.
 
     Args:
         cpus: logical CPUs of a Ray that is started here, more if the machine has more.
             It ends with the block.
         verbose: let what its workers print through.
-        dashboard_port: of this machine alone, where `ray job submit` finds it; none by
-            default.
     """
+    variables = dict(ENVIRONMENT)
+    address = os.environ.get("RAY_ADDRESS")  # set in a job, or by the user
+    if address:
+        del variables["RAY_AUTH_MODE"]  # the cluster's to say
+    elif not ray.is_initialized():
+        paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+        variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with contextlib.ExitStack() as stack:
-        told = dict(ENVIRONMENT)
-        address = os.environ.get("RAY_ADDRESS")  # in a job, or told by the user
-        if address:
-            del told["RAY_AUTH_MODE"]  # the cluster's to say
-        elif not ray.is_initialized():
-            paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-            told["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less
-            told["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        stack.enter_context(_environment(told))
+        stack.callback(_restore_environment, dict(os.environ))
+        os.environ.update(variables)  # the processes that Ray starts inherit it
         handler = signal.getsignal(signal.SIGINT)  # Ray takes it, and keeps it
         if handler and threading.current_thread() is threading.main_thread():
             stack.callback(signal.signal, signal.SIGINT, handler)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=FutureWarning, module="google")
         if not ray.is_initialized():
-            options: dict = {}
-            if dashboard_port is not None:
-                # A job finds its Ray by the files of a folder, where another Ray of
-                # this machine would write the same ones
-                own = tempfile.mkdtemp(prefix="ray_")
-                stack.callback(shutil.rmtree, own, ignore_errors=True)
-                options = {"dashboard_port": dashboard_port, "_temp_dir": own}
             stack.callback(ray.shutdown)
             if address:
                 ray.init()
             else:
-                _start(cpus, verbose, options)
+                _start(cpus, verbose)
         yield
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)  # the processes that Ray starts inherit it
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
-def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
+def _start(cpus: int, verbose: bool, attempts: int = 3) -> None:
     """Start a Ray of this machine alone.
 
     Its node gives its helpers 15 s to start, a figure that no option changes
@@ -117,12 +113,10 @@ def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
             ray.init(
                 address="local",
                 num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard="dashboard_port" in options,
-                dashboard_host="127.0.0.1",
+                include_dashboard=False,
                 object_store_memory=200 * 2**20,  # tiles do not pass through it
                 log_to_driver=verbose,
                 logging_level=logging.ERROR,
-                **options,
             )
             return
         except Exception as error:  # Ray raises no other class for this
@@ -138,126 +132,123 @@ def _start(cpus: int, verbose: bool, options: dict, attempts: int = 3) -> None:
 
 
 def takes_gpu(gpu: bool | None, processes: int) -> bool:
-    """Whether each process gets a GPU: as told, or if there are any.
+    """Whether each process gets a GPU: as `gpu` says, or if there are any.
 
     Raises:
-        ValueError: nothing was told, and there are GPUs for some of them.
+        ValueError: gpu is None, and there are GPUs for some of them.
     """
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if gpu is None and 0 < there < processes:
+    present = int(ray.cluster_resources().get("GPU", 0))
+    if gpu is None and 0 < present < processes:
         raise ValueError(
-            f"{there} GPU for {processes} workers: gpu=True (--gpu) waits for the "
+            f"{present} GPU for {processes} workers: gpu=True (--gpu) waits for the "
             "others, gpu=False (--no-gpu) trains on CPUs"
         )
-    return there > 0 if gpu is None else gpu
+    return present > 0 if gpu is None else gpu
 
 
-def place(storage: str | Path) -> str:
+def storage_path(storage: str | Path) -> str:
     """A folder as an absolute path, or the URL of a bucket as it is."""
     return str(storage) if "://" in str(storage) else str(Path(storage).resolve())
 
 
-def below(storage: str, *names: str) -> str:
-    """A place in a folder or bucket, whose URL may end with options (?region=...)."""
+def join_url(storage: str, *names: str) -> str:
+    """A path below a folder or bucket, whose URL may end with options (?region=...)."""
     root, mark, options = storage.partition("?")
     return "/".join([root.rstrip("/"), *names]) + mark + options
 
 
-def experiment_config(
-    hparams: dict, workers: int = 1, tiles: str | Path | None = None
-) -> tuple[TrainConfig, dict]:
-    """(configuration of each worker, hyperparameters) that a trial's values describe.
+def local_tiles(hparams: dict, tiles: str | Path | None = None) -> dict:
+    """Hyperparameters with an absolute data_dir: Ray changes the working directory.
 
-    Args:
-        hparams: one value each, see e2e_utils/experiment.py.
-        workers: among which global_batch_size is divided.
-        tiles: folder to take the tiles from, whatever backend and data_dir say.
-
-    Raises:
-        ValueError: an unknown or missing hyperparameter; a global_batch_size that
-            cannot be divided.
+    `tiles` is a folder to take the tiles from, whatever backend and data_dir say.
     """
     if tiles is not None:
         hparams = {**hparams, "backend": "local", "data_dir": str(tiles)}
-    config = train_config(hparams, workers)
-    if hparams["backend"] == "local":  # Ray changes the working directory
+    if hparams["backend"] == "local":
         hparams = {**hparams, "data_dir": fetch_tiles(hparams)}
-    return config, hparams
+    return hparams
 
 
-def prepare(
+def fit_on_ray(
     config: TrainConfig,
     hparams: dict,
-    folder: Path,
-    workers: int = 1,
-    local_rank: int = 0,
-) -> TrainConfig:
-    """The configuration as this process has it: its own folder, tiles at hand.
+    send: Callable[..., None],
+    checkpoint: Checkpoint | None,
+    path: str,
+    verbose: bool = False,
+) -> None:
+    """Run `fit` in a temporary folder; Ray keeps what it saves.
 
     Args:
         config: of the run.
         hparams: where the tiles are (backend, data_dir, cache_dir); empty: they are in
             config.data_path.
-        folder: empty; the run goes to folder/run.
-        workers: in the run.
-        local_rank: of this one on its machine; the first fetches the tiles.
-    """
-    data_path = config.data_path
-    if hparams:
-        data_path = fetch_tiles(hparams, folder / "tiles", local_rank)
-    if workers > 1:
-        dist.barrier()
-    return replace(config, data_path=data_path, output_dir=str(folder / "run"))
-
-
-class Courier:
-    """Takes what `fit` tells to Ray: `report` and `save` are its callables.
-
-    Args:
-        send: called with (metrics, folder to keep or None), on every process equally
-            often. metrics: "batches", the last losses, and mAP, mAP_50, ... of a
-            validation at this very step; without a figure that has no ground truth.
-        folder: of the run, with last.pt, best.pt and metrics.jsonl.
-        main: whether this process writes it.
+        send: `report` of ray.train or ray.tune.
+        checkpoint: the last one of this run, to go on from.
+        path: where Ray keeps the run; errors name it.
         verbose: print a line for each report.
     """
+    rank, workers, local_rank = start_process_group()  # Ray has joined its workers
+    with tempfile.TemporaryDirectory(prefix="ray_worker_") as scratch:
+        folder, tiles = Path(scratch) / "run", config.data_path
+        if hparams:
+            tiles = fetch_tiles(hparams, Path(scratch) / "tiles", local_rank)
+        if workers > 1:
+            dist.barrier()  # wait for whoever fetches
+        config = replace(config, data_path=tiles, output_dir=str(folder))
+        reporter = Reporter(send, folder, rank == 0, verbose)
+        reporter.restore(checkpoint)
+        try:
+            fit(config, reporter.report, reporter.save, progress=False)
+        except ValueError as error:
+            if config.output_dir not in str(error):
+                raise
+            message = str(error).replace(config.output_dir, path)
+            message = message.replace("another output_dir", "another name (--name)")
+            raise ValueError(message) from error
 
-    def __init__(
-        self,
-        send: Callable[[dict, Path | None], None],
-        folder: Path,
-        main: bool = True,
-        verbose: bool = False,
-    ) -> None:
-        self.send, self.folder = send, folder
-        self.main, self.verbose = main, verbose
-        self.losses: dict = {}
-        self.figures: dict = {}
-        self.resumed: list[int] = []
+
+@dataclass
+class Reporter:
+    """Reports to Ray: `report` and `save` are the callables that `fit` takes.
+
+    `send` is called with (metrics, checkpoint=...), on every process equally often.
+    metrics: "batches", the last losses, and mAP, mAP_50, ... of a validation at this
+    very step; without a figure that has no ground truth.
+    """
+
+    send: Callable[..., None]
+    folder: Path  # of the run, with last.pt, best.pt and metrics.jsonl
+    main: bool = True  # whether this process writes it
+    verbose: bool = False  # print a line for each report
+    losses: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)  # steps where the run went on
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Put a checkpoint back in its place, and note that the run went on."""
+        """Put the files of a checkpoint back, and note that the run went on."""
         self.folder.mkdir()
         if checkpoint:
             with checkpoint.as_directory() as kept:
                 shutil.copytree(kept, self.folder, dirs_exist_ok=True)
-            told = json.loads((self.folder / RESUMED).read_text())
-            self.resumed = [*told["resumed"], told["step"]]
+            before = checkpoint.get_metadata()
+            self.resumed = [*before["resumed"], before["step"]]
 
     def report(self, values: dict, step: int) -> None:
         if "loss" in values:
             self.losses = values
         else:
-            self.figures = {"batches": step, **searcher_metrics(values)}
+            values = searcher_metrics(values)
+            self.metrics = {"batches": step, **values}
         if self.verbose:
-            told = values if "loss" in values else searcher_metrics(values)
-            line = "  ".join(f"{key} {value:.4f}" for key, value in told.items())
+            line = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
             print(f"step {step}  {line}", flush=True)
 
     def save(self, step: int) -> None:
-        now = self.figures if self.figures.get("batches") == step else {}
-        metrics = {**self.losses, **now, "batches": step}
+        now = self.metrics if self.metrics.get("batches") == step else {}
+        checkpoint = None
         if self.main:
-            told = {"step": step, "resumed": self.resumed}
-            (self.folder / RESUMED).write_text(json.dumps(told))
-        self.send(metrics, self.folder if self.main else None)
+            checkpoint = Checkpoint.from_directory(str(self.folder))
+            checkpoint.set_metadata({"step": step, "resumed": self.resumed})
+        metrics = {**self.losses, **now, "batches": step}
+        self.send(metrics, checkpoint=checkpoint)

@@ -15,14 +15,10 @@ Copy: this folder, determined_files and e2e_utils.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -31,47 +27,16 @@ if not __package__:  # as a script; Ray's workers find the folder above as well
 
 from e2e_utils.config import TrainConfig
 from e2e_utils.evaluate import METRICS, searcher_metrics
-from e2e_utils.experiment import absolute_init, load_config
-from e2e_utils.train import fit, read_metrics
-from ray_files.adapter import (
-    RESUMED,
-    Courier,
-    below,
-    experiment_config,
-    place,
-    prepare,
-    ray_session,
-    takes_gpu,
-)
+from e2e_utils.experiment import absolute_init, load_config, train_config
+from e2e_utils.train import read_metrics
+from ray_files import adapter
 
 
 def _worker(task: dict) -> None:
     """What each worker of Ray Train runs."""
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-
-    def send(metrics: dict, kept: Path | None) -> None:
-        checkpoint = ray.train.Checkpoint.from_directory(str(kept)) if kept else None
-        ray.train.report(metrics, checkpoint=checkpoint)
-
-    with tempfile.TemporaryDirectory(prefix="ray_worker_") as scratch:
-        config = prepare(
-            TrainConfig(**task["config"]),
-            task["hparams"],
-            Path(scratch),
-            workers,
-            context.get_local_rank(),
-        )
-        courier = Courier(send, Path(config.output_dir), rank == 0, task["verbose"])
-        courier.restore(ray.train.get_checkpoint())
-        try:
-            fit(config, courier.report, courier.save, progress=False)
-        except ValueError as error:
-            if config.output_dir not in str(error):
-                raise
-            message = str(error).replace(config.output_dir, task["place"])
-            message = message.replace("another output_dir", "another name (--name)")
-            raise ValueError(message) from error
+    given = {**task, "config": TrainConfig(**task["config"])}
+    last = ray.train.get_checkpoint()
+    adapter.fit_on_ray(send=ray.train.report, checkpoint=last, **given)
 
 
 def trainer(
@@ -94,7 +59,7 @@ def trainer(
             "config": asdict(config),
             "hparams": hparams or {},
             "verbose": verbose,
-            "place": below(storage, name),
+            "path": adapter.join_url(storage, name),
         },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(
@@ -131,7 +96,8 @@ def train(
         name: of the run. One of this name that is in the storage goes on.
         gpu: a GPU for each worker; if there are any, by default.
         max_failures: restarts before the run is given up; -1 for any number.
-        hparams: where the tiles are, if not in config.data_path: `experiment_config`.
+        hparams: where the tiles are (backend, data_dir, cache_dir), if they are not in
+            config.data_path.
         verbose: print the losses and figures as they come.
 
     Returns:
@@ -144,68 +110,57 @@ def train(
         ray.train.TrainingFailedError: a worker failed more often; holds its error.
         ValueError: there are GPUs, but fewer than workers, and gpu is None.
     """
-    kept = place(storage or config.output_dir)
+    kept = adapter.storage_path(storage or config.output_dir)
     if not hparams:
         config = replace(config, data_path=str(Path(config.data_path).resolve()))
     config = replace(config, init_checkpoint=absolute_init(config.init_checkpoint))
-    with ray_session(workers, verbose):
-        gpu = takes_gpu(gpu, workers)
-        run = trainer(
-            config, workers, kept, name, gpu, max_failures, hparams, verbose
-        ).fit()
+    with adapter.ray_session(workers, verbose):
+        gpu = adapter.takes_gpu(gpu, workers)
+        given = config, workers, kept, name, gpu, max_failures, hparams, verbose
+        run = trainer(*given).fit()
         if run.checkpoint is None:  # fit raises where a run failed
             raise RuntimeError(f"{kept}/{name} ended without a checkpoint")
         with run.checkpoint.as_directory() as folder:
             records = read_metrics(Path(folder) / "metrics.jsonl")
-            resumed = json.loads((Path(folder) / RESUMED).read_text())["resumed"]
-    validated = [record for record in records if "AP" in record]
-    last = validated[-1] if validated else {}
+    last: dict = next((r for r in reversed(records) if "AP" in r), {})
     return {
         "metrics": {**searcher_metrics(last), "batches": last.get("step")},
         "losses": {r["step"]: r["loss"] for r in records if "loss" in r},
         "records": records,
-        "resumed": resumed,
-        "checkpoint": below(kept, name, Path(run.checkpoint.path).name),
+        "resumed": run.checkpoint.get_metadata()["resumed"],
+        "checkpoint": adapter.join_url(kept, name, Path(run.checkpoint.path).name),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="name=value")
-    parser.add_argument("--config", required=True, help="experiment YAML of one trial")
+    parser = adapter.command_line(__doc__)
     parser.add_argument("--workers", type=int, help="slots_per_trial by default")
     parser.add_argument("--storage", default="runs/ray", help="folder or URL")
-    parser.add_argument("--name", help="of the run; the experiment's by default")
-    parser.add_argument("--tiles", help="folder of tiles, instead of data_dir")
-    parser.add_argument("--gpu", action=argparse.BooleanOptionalAction)
     parser.add_argument("--max-failures", type=int, help="max_restarts by default")
     options = parser.parse_args(arguments)
     experiment = load_config(options.config, options.overrides)
     slots = experiment.get("resources", {}).get("slots_per_trial", 1)
     workers = options.workers or slots
-    config, hparams = experiment_config(
-        experiment["hyperparameters"], workers, options.tiles
-    )
+    hparams = adapter.local_tiles(experiment["hyperparameters"], options.tiles)
+    config = train_config(hparams, workers)
     metric = experiment.get("searcher", {}).get("metric")
     if metric in METRICS:
         config = replace(config, best_metric=METRICS[metric])
     restarts = options.max_failures
+    if restarts is None:
+        restarts = experiment.get("max_restarts", 5)
     done = train(
         config,
         workers,
         options.storage,
         name=options.name or experiment.get("name", "train"),
         gpu=options.gpu,
-        max_failures=experiment.get("max_restarts", 5)
-        if restarts is None
-        else restarts,
+        max_failures=restarts,
         hparams=hparams,
         verbose=True,
     )
-    told = "  ".join(f"{key} {value:.4f}" for key, value in done["metrics"].items())
-    print(f"{told}\ncheckpoint {done['checkpoint']}")
+    line = "  ".join(f"{key} {value:.4f}" for key, value in done["metrics"].items())
+    print(f"{line}\ncheckpoint {done['checkpoint']}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ How the YAML is read; the reference is Determined 0.38.1's master:
     searcher.name     single, random, grid, adaptive_asha
     metric            mAP, mAP_50, mAP_75, mAP_small, mAP_medium, mAP_large
     smaller_is_better must be false: each of these grows as it improves
-    max_trials        samples; max_concurrent_trials (16) at a time
+    max_trials        samples; max_concurrent_trials (16) at a time, fewer where there
+                      are not enough CPUs or GPUs
     time_metric       batches, ASHA's unit of time; max_time its longest run
     divisor (4), max_rungs (5)
                       rungs at max_time / divisor**k batches, at most max_rungs of them
@@ -18,10 +19,11 @@ How the YAML is read; the reference is Determined 0.38.1's master:
                       first half of these; Ray deals trials to them at random,
                       Determined such that each costs the same
     slots_per_trial   workers of each trial; max_restarts its restarts
+    experiment_seed   of the samples, 0 by default
 
-At a rung a trial goes on if it is in the best 1/divisor. Determined ranks it among all
-that came so far; Ray compares it with the percentile of those before it, and never
-stops the first. What else a searcher says is refused.
+At a rung a trial goes on if it is in the best 1/divisor: with Determined, of all that
+came so far; with Ray, of those before it, so that the first is never stopped. What
+else a searcher says is refused.
 
 Copy: this folder, determined_files and e2e_utils.
 """
@@ -29,6 +31,7 @@ Copy: this folder, determined_files and e2e_utils.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +40,16 @@ from ray import tune
 from e2e_utils.evaluate import METRICS
 from e2e_utils.experiment import check_hparams
 
-_ANY = {"name", "metric", "smaller_is_better"}
+# fields of a searcher besides name, metric and smaller_is_better
+_TRIALS = ("max_concurrent_trials", "max_trials")
+_ASHA = ("time_metric", "max_time", "divisor", "max_rungs", "mode")
 _FIELDS = {
-    "single": _ANY,
-    "grid": _ANY | {"max_concurrent_trials"},
-    "random": _ANY | {"max_concurrent_trials", "max_trials"},
+    "single": (),
+    "grid": ("max_concurrent_trials",),
+    "random": _TRIALS,
+    "adaptive_asha": (*_TRIALS, *_ASHA),
 }
-_FIELDS["adaptive_asha"] = _FIELDS["random"] | {
-    "time_metric",
-    "max_time",
-    "divisor",
-    "max_rungs",
-    "mode",
-}
+_RANGES = ("const", "categorical", "int", "double", "log")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Plan:
     asha: dict | None  # arguments of ASHAScheduler
     slots: int  # workers of each trial
     restarts: int  # of each trial
-    seed: int | None  # of the samples
+    seed: int  # of the samples
 
 
 def translate(experiment: dict) -> Plan:
@@ -74,46 +74,51 @@ def translate(experiment: dict) -> Plan:
         ValueError: a field that has no translation, or a wrong value; names it.
     """
     searcher = {k: v for k, v in experiment["searcher"].items() if v is not None}
-    name = searcher.get("name")
-    if name not in _FIELDS:
-        raise ValueError(
-            f"searcher.name must be one of {', '.join(sorted(_FIELDS))}, got {name!r}"
-        )
-    unknown = sorted(set(searcher) - _FIELDS[name])
+    _check(searcher)
+    grid, adaptive = (searcher["name"] == name for name in ("grid", "adaptive_asha"))
+    hparams = experiment["hyperparameters"]
+    check_hparams(hparams)
+    searched: list[str] = []
+    space = _space(hparams, grid, "", searched)
+    if grid and not searched:
+        raise ValueError("searcher grid needs a hyperparameter with several values")
+    return Plan(
+        space=space,
+        searched=searched,
+        metric=searcher["metric"],
+        samples=searcher.get("max_trials", 1),
+        concurrent=searcher.get("max_concurrent_trials", 16),
+        asha=_asha(searcher, hparams) if adaptive else None,
+        slots=(experiment.get("resources") or {}).get("slots_per_trial", 1),
+        restarts=experiment.get("max_restarts", 5),
+        seed=(experiment.get("reproducibility") or {}).get("experiment_seed") or 0,
+    )
+
+
+def _one_of(field: str, value: Any, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{field} must be {' or '.join(valid)}, got {value!r}")
+
+
+def _check(searcher: dict) -> None:
+    """Raise ValueError for a field that has no translation or a wrong value."""
+    name, metric = searcher.get("name"), searcher.get("metric")
+    _one_of("searcher.name", name, _FIELDS)
+    known = {"name", "metric", "smaller_is_better", *_FIELDS[str(name)]}
+    unknown = sorted(set(searcher) - known)
     if unknown:
         raise ValueError(
             f"searcher.{unknown[0]} = {searcher[unknown[0]]!r} of {name} has no "
-            f"translation to Ray; known are {', '.join(sorted(_FIELDS[name]))}"
+            f"translation to Ray; known are {', '.join(sorted(known))}"
         )
-    metric = searcher.get("metric")
-    if metric not in METRICS:
-        raise ValueError(
-            f"searcher.metric must be one of {', '.join(METRICS)}, got {metric!r}"
-        )
+    _one_of("searcher.metric", metric, METRICS)
     if searcher.get("smaller_is_better", True):
         raise ValueError(
             f"searcher.smaller_is_better is true, as it is by default, and {metric} "
             "grows as it improves: the worst would be kept. Write false"
         )
-    if name in ("random", "adaptive_asha") and "max_trials" not in searcher:
+    if "max_trials" in known and "max_trials" not in searcher:
         raise ValueError(f"searcher.max_trials is needed by {name}")
-    hparams = experiment["hyperparameters"]
-    check_hparams(hparams)
-    searched: list[str] = []
-    space = _space(hparams, name == "grid", "", searched)
-    if name == "grid" and not searched:
-        raise ValueError("searcher grid needs a hyperparameter with several values")
-    return Plan(
-        space=space,
-        searched=searched,
-        metric=metric,
-        samples=searcher.get("max_trials", 1),
-        concurrent=searcher.get("max_concurrent_trials", 16),
-        asha=_asha(searcher, hparams) if name == "adaptive_asha" else None,
-        slots=(experiment.get("resources") or {}).get("slots_per_trial", 1),
-        restarts=experiment.get("max_restarts", 5),
-        seed=(experiment.get("reproducibility") or {}).get("experiment_seed"),
-    )
 
 
 def _space(values: dict, grid: bool, above: str, searched: list[str]) -> dict:
@@ -139,12 +144,9 @@ def _range(name: str, value: dict) -> Any:
     if kind == "categorical":
         return tune.choice(value["vals"])
     low, high = _ends(name, value)
-    if kind == "int":
-        return tune.randint(low, high)
-    if kind == "double":
-        return tune.uniform(low, high)
-    base = value["base"]  # the distribution is the same by any base
-    return tune.loguniform(base**low, base**high)
+    if kind == "log":  # the distribution is the same by any base
+        return tune.loguniform(value["base"] ** low, value["base"] ** high)
+    return (tune.randint if kind == "int" else tune.uniform)(low, high)
 
 
 def _axis(name: str, value: dict) -> dict:
@@ -168,13 +170,9 @@ def _axis(name: str, value: dict) -> dict:
 
 
 def _ends(name: str, value: dict) -> tuple:
-    if value["type"] not in ("int", "double", "log"):
-        raise ValueError(
-            f"{name}.type must be const, categorical, int, double or log, "
-            f"got {value['type']!r}"
-        )
-    wanted = {"minval", "maxval"} | ({"base"} if value["type"] == "log" else set())
-    missing = sorted(wanted - set(value))
+    _one_of(f"{name}.type", value["type"], _RANGES)
+    needed = {"minval", "maxval"} | ({"base"} if value["type"] == "log" else set())
+    missing = sorted(needed - set(value))
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}: {value}")
     if not value["minval"] < value["maxval"]:
@@ -184,20 +182,13 @@ def _ends(name: str, value: dict) -> tuple:
 
 def _asha(searcher: dict, hparams: dict) -> dict:
     """Arguments of ASHAScheduler; see the top of this file."""
-    if searcher.get("time_metric") != "batches":
-        raise ValueError(
-            "searcher.time_metric must be batches, the time that each validation "
-            f"tells, got {searcher.get('time_metric')!r}"
-        )
+    # the time that each validation has
+    _one_of("searcher.time_metric", searcher.get("time_metric"), ["batches"])
     longest, divisor = searcher.get("max_time"), searcher.get("divisor", 4)
     if not longest or longest < 1:
         raise ValueError(f"searcher.max_time must be 1 or more, got {longest!r}")
     if not divisor > 1:
         raise ValueError(f"searcher.divisor must be above 1, got {divisor!r}")
-    modes = ("aggressive", "standard", "conservative")
-    mode = searcher.get("mode", "standard")
-    if mode not in modes:
-        raise ValueError(f"searcher.mode must be one of {modes}, got {mode!r}")
 
     def filled(total: int) -> int:
         return int(math.log(total) / math.log(divisor) + 1e-9) + 1
@@ -212,13 +203,13 @@ def _asha(searcher: dict, hparams: dict) -> dict:
             f"validation_batches {every} steps over the rung at {first:g} batches, "
             f"where trials are first compared; validate at least every {int(first)}"
         )
-    brackets = {"aggressive": 1, "conservative": rungs}.get(
-        mode, rungs - (rungs - 1) // 2
-    )
+    brackets = {"aggressive": 1, "standard": rungs // 2 + 1, "conservative": rungs}
+    mode = searcher.get("mode", "standard")
+    _one_of("searcher.mode", mode, brackets)
     return {
         "time_attr": "batches",
         "max_t": longest,
         "grace_period": first,
         "reduction_factor": divisor,
-        "brackets": brackets,
+        "brackets": brackets[mode],
     }

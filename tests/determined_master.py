@@ -16,6 +16,7 @@ import subprocess
 import threading
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -29,12 +30,9 @@ from determined_agent import kill_tree, run_trial
 TOKEN = "token-of-the-test-double"
 USER = bindings.v1User(active=True, admin=False, username="determined")
 WORKSPACES = {"tutorial": ("detection",)}
+NOW = datetime.now(timezone.utc).isoformat()
 AUTH, TASK_AUTH = api.Session.AUTH_HEADER, api.TaskSession.AUTH_HEADER
 ExperimentState, TrialState = bindings.experimentv1State, bindings.trialv1State
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat()
 
 
 @dataclass
@@ -44,7 +42,6 @@ class Trial:
     hparams: dict
     state: TrialState = TrialState.ACTIVE
     runs: int = 0
-    restarts: int = 0
     acknowledged: bool = False  # that the present run ends because of preemption
     progress: float = 0.0
     statuses: list[str] = field(default_factory=list)
@@ -61,22 +58,14 @@ class Trial:
         return "\n".join(path.read_text() for path in self.logs)
 
     def typed(self) -> bindings.trialv1Trial:
-        validations, latest = self.reported("validation"), None
-        if validations:
-            latest = bindings.v1MetricsWorkload(
-                metrics=bindings.v1Metrics(avgMetrics=validations[max(validations)]),
-                numInputs=0,
-                totalBatches=max(validations),
-            )
         return bindings.trialv1Trial(
             experimentId=self.experiment.id,
             hparams=self.hparams,
             id=self.id,
-            restarts=self.restarts,
-            startTime=now(),
+            restarts=0,
+            startTime=NOW,
             state=self.state,
             totalBatchesProcessed=max(self.reported("training"), default=0),
-            latestValidation=latest,
         )
 
 
@@ -104,7 +93,7 @@ class Experiment:
             projectId=1,
             projectOwnerId=1,
             searcherType=self.config["searcher"]["name"],
-            startTime=now(),
+            startTime=NOW,
             state=self.state,
             username="determined",
         )
@@ -174,8 +163,6 @@ class MasterDouble:
                 with self.changed:
                     if code == 0 and not trial.acknowledged:
                         trial.state = TrialState.COMPLETED
-                    elif code and trial.restarts < experiment.config["max_restarts"]:
-                        trial.restarts += 1
                     elif code:
                         trial.state = TrialState.ERROR
                     self.changed.notify_all()
@@ -208,8 +195,7 @@ class MasterDouble:
         if project not in WORKSPACES[workspace]:
             raise NotFound(f"project '{project}' not found")
         storage = {"type": "directory", "container_path": str(self.folder / "storage")}
-        defaults = {"checkpoint_storage": storage, "max_restarts": 5}
-        config = {**defaults, "checkpoint_policy": "best", **config}
+        config = {"checkpoint_storage": storage, "checkpoint_policy": "best", **config}
         with self.changed:
             number = len(self.experiments) + 1
             experiment = Experiment(number, config, list(request.modelDefinition))
@@ -232,17 +218,14 @@ class MasterDouble:
         page = bindings.v1Pagination(endIndex=len(trials), total=len(trials))
         return bindings.v1GetExperimentTrialsResponse(pagination=page, trials=trials)
 
-    def post_experiments_N_pause(self, query, body, number):
-        return self._set_state(number, ExperimentState.PAUSED)
-
-    def post_experiments_N_activate(self, query, body, number):
-        return self._set_state(number, ExperimentState.ACTIVE)
-
-    def _set_state(self, number: str, state: ExperimentState) -> dict:
+    def _set_state(self, state: ExperimentState, query, body, number):
         with self.changed:
             self._experiment(number).state = state
             self.changed.notify_all()
         return {}
+
+    post_experiments_N_pause = partialmethod(_set_state, ExperimentState.PAUSED)
+    post_experiments_N_activate = partialmethod(_set_state, ExperimentState.ACTIVE)
 
     def get_experiments_N_checkpoints(self, query, body, number):
         experiment, name = self._experiment(number), query["sortByMetric"][0]
@@ -261,9 +244,9 @@ class MasterDouble:
                     validationMetrics=bindings.v1Metrics(avgMetrics=values),
                 )
                 found.append((values[name], checkpoint))
-        order = bindings.v1OrderBy(query["orderBy"][0])
-        found.sort(key=lambda x: x[0], reverse=order == bindings.v1OrderBy.DESC)
-        kept = [c for _, c in found][: int(query.get("limit", [len(found)])[0])]
+        assert bindings.v1OrderBy(query["orderBy"][0]) == bindings.v1OrderBy.DESC
+        found.sort(key=lambda x: x[0], reverse=True)
+        kept = [c for _, c in found][: int(query["limit"][0])]
         page = bindings.v1Pagination(endIndex=len(kept), total=len(kept))
         return bindings.v1GetExperimentCheckpointsResponse(
             checkpoints=kept, pagination=page
@@ -272,25 +255,24 @@ class MasterDouble:
     def get_experiments_N_searcher_best_searcher_validation_metric(
         self, query, body, number
     ):
-        searcher = self._experiment(number).config["searcher"]
         values = [
-            metrics[searcher["metric"]]
+            metrics["mAP"]
             for trial in self._experiment(number).trials
             for metrics in trial.reported("validation").values()
         ]
         if not values:
             raise NotFound("no validations yet")
-        return {"metric": (min if searcher["smaller_is_better"] else max)(values)}
+        return {"metric": max(values)}
 
     def get_trials_N(self, query, body, number):
         return bindings.v1GetTrialResponse(trial=self.trials[int(number)].typed())
 
     def post_trials_N_metrics(self, query, body, number):
         request = bindings.v1ReportTrialMetricsRequest.from_json(body)
-        told, trial = request.metrics, self.trials[int(number)]
-        entry = (request.group, told.stepsCompleted, told.metrics.avgMetrics)
+        steps, values = request.metrics.stepsCompleted, request.metrics.metrics
         with self.changed:
-            trial.metrics.append(entry)
+            entry = (request.group, steps, values.avgMetrics)
+            self.trials[int(number)].metrics.append(entry)
             self.changed.notify_all()
         return {}
 
@@ -390,6 +372,6 @@ def _handler(master: MasterDouble) -> type[BaseHTTPRequestHandler]:
                 answer = answer.to_json(omit_unset=True)
             self.answer(200, answer)
 
-        do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = handle_call
+        do_GET = do_POST = handle_call
 
     return Handler

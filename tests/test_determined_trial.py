@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
+import pickle
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from commands import python, run
 
 pytest.importorskip("determined")
 
 from determined.common import context as det_context  # noqa: E402
+from test_determined_core import assert_equal_weights, checkpoints  # noqa: E402
 
 from determined_files.load import (  # noqa: E402
     convert_trial_checkpoint,
@@ -29,7 +29,6 @@ from e2e_utils.config import TrainConfig  # noqa: E402
 from e2e_utils.data import CocoTiles, default_augment, train_loader  # noqa: E402
 from e2e_utils.experiment import fetch_tiles, load_config  # noqa: E402
 from e2e_utils.train import fit, forward_losses, seed_step  # noqa: E402
-from sample_data.noise import write_noise_tiles  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
@@ -42,14 +41,6 @@ def _own_data_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data_home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config_home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiles")
-    config = TrainConfig(str(folder), "")
-    write_noise_tiles({name: config.split(name) for name in ("train", "val")}, 300)
-    return folder
 
 
 def experiment(tiles, **hparams):
@@ -65,14 +56,25 @@ def experiment(tiles, **hparams):
 
 
 class Recorder:
-    """What a loop reports: {step: losses} and {step: figures}."""
+    """What a loop reports: {step: losses} and {step: metrics}; may fail at a step."""
 
-    def __init__(self):
-        self.losses, self.figures = {}, {}
+    def __init__(self, fails_at=None):
+        self.losses, self.metrics, self.fails_at = {}, {}, fails_at
 
     def __call__(self, values, step):
-        table = self.losses if "loss" in values else self.figures
+        if step == self.fails_at:
+            raise OSError("the machine is gone")
+        table = self.losses if "loss" in values else self.metrics
         table[step] = values
+
+
+def interrupted(config, output, step):
+    """Train until `step`, where the process fails: (what was reported, checkpoint)."""
+    seen = Recorder(step + 1)
+    with pytest.raises(OSError, match="is gone"):
+        run_local(config, output, report=seen)
+    assert sorted(seen.losses) == list(range(1, step + 1))
+    return seen, checkpoints(output / "determined")[step]
 
 
 @pytest.fixture(scope="module")
@@ -94,88 +96,70 @@ def whole(tiles, tmp_path_factory):
     return metrics, checkpoint, seen
 
 
-@pytest.mark.slow
-def test_trial_and_plain_loop_have_equal_losses_and_figures(plain, whole):
-    _, expected = plain
-    _, _, seen = whole
-    assert sorted(seen.losses) == sorted(expected.losses) == [1, 2, 3, 4]
-    for step, losses in seen.losses.items():
-        for name, value in losses.items():
-            assert value == expected.losses[step][name], (step, name)
-        figures = expected.figures[step]
+def assert_same_reports(trial, plain):
+    """Equal losses, also those that sum up to the loss, and equal COCO metrics."""
+    assert sorted(trial.losses) == sorted(plain.losses)
+    for step, losses in plain.losses.items():
+        assert trial.losses[step] == {k: v for k, v in losses.items() if k != "lr"}
         for name, key in {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75"}.items():
-            assert seen.figures[step][name] == figures[key], (step, name)
+            assert trial.metrics[step][name] == plain.metrics[step][key], (step, name)
 
 
 @pytest.mark.slow
-def test_trial_and_plain_loop_end_at_equal_weights(plain, whole, tmp_path):
-    output, _ = plain
-    metrics, checkpoint, _ = whole
-    expected, meta = model_from_checkpoint(output / "last.pt")
-    model, told = load_trial_checkpoint(checkpoint)
-    for key, value in expected.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
-    assert not model.training
-    for key in ("architecture", "settings", "class_names", "tile_size", "overlap"):
-        assert told[key] == meta[key]
-    assert told["step"] == STEPS
-    assert told["metrics"] == metrics
+def test_trial_is_the_plain_loop_and_its_checkpoint_is_read(plain, whole, tmp_path):
+    output, expected = plain
+    metrics, checkpoint, seen = whole
+    assert_same_reports(seen, expected)
+    model, meta = model_from_checkpoint(output / "last.pt")
     # and the converted file is one that e2e_utils reads, exports and serves
     file = convert_trial_checkpoint(checkpoint, tmp_path / "best.pt")
-    again, _ = model_from_checkpoint(file)
-    assert torch.equal(
-        again.state_dict()["backbone.body.stem.0.weight"],
-        model.state_dict()["backbone.body.stem.0.weight"],
-    )
+    for ours, found in (
+        load_trial_checkpoint(checkpoint),
+        model_from_checkpoint(file),
+    ):
+        assert_equal_weights(model.state_dict(), ours.state_dict())
+        assert not ours.training
+        for key in ("architecture", "settings", "class_names", "tile_size", "overlap"):
+            assert found[key] == meta[key]
+        assert (found["step"], found["metrics"]) == (STEPS, metrics)
 
 
 @pytest.mark.slow
 def test_resumed_trial_repeats_the_undisturbed_one(whole, tiles, tmp_path):
-    _, _, expected = whole
-    config, seen = experiment(tiles), Recorder()
-    _, half = run_local(config, tmp_path, stop=2, report=seen)
-    assert sorted(seen.losses) == [1, 2]
+    config = experiment(tiles)
+    seen, half = interrupted(config, tmp_path, 2)
     assert steps_done(half) == 2
+    seen.fails_at = None
     _, end = run_local(config, tmp_path, resume=half, report=seen)
-    assert seen.losses == expected.losses
-    assert seen.figures == expected.figures
+    assert (seen.losses, seen.metrics) == (whole[2].losses, whole[2].metrics)
     assert steps_done(end) == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_a_trial_in_lower_precision_is_the_plain_loop_and_resumes(tiles, tmp_path, amp):
-    settings = {"min_size": 96, "max_size": 96}
-    seen = {name: Recorder() for name in ("plain", "whole", "halves")}
     options = {"ema": 0.5, "repeat_threshold": 1.0, "aspect_ratio_group_factor": 3}
-    options |= {"amp": amp, "settings": settings}
+    options |= {"amp": amp, "settings": {"min_size": 96, "max_size": 96}}
     given = {"steps": 3, "batch_size": 2, "eval_steps": 1, **options}
+    seen = {"plain": Recorder(), "whole": Recorder()}
     plain = TrainConfig(str(tiles), str(tmp_path / "plain"), **given)
     fit(plain, report=seen["plain"], progress=False)
-    config = experiment(tiles, max_batches=3, **options)
+    config, folder = experiment(tiles, max_batches=3, **options), tmp_path / "halves"
     _, end = run_local(config, tmp_path / "whole", report=seen["whole"])
-    _, half = run_local(config, tmp_path / "halves", stop=2, report=seen["halves"])
-    _, resumed = run_local(
-        config, tmp_path / "halves", resume=half, report=seen["halves"]
-    )
-    assert seen["whole"].losses == seen["halves"].losses
-    for step, losses in seen["plain"].losses.items():
-        del losses["lr"]
-        assert seen["whole"].losses[step] == losses
-        ap = seen["plain"].figures[step]["AP"]  # of the average of the weights
-        assert seen["whole"].figures[step]["mAP"] == ap
-        assert seen["halves"].figures[step]["mAP"] == ap
-    expected, _ = model_from_checkpoint(tmp_path / "plain" / "last.pt")
-    for folder in (end, resumed):
-        model, meta = load_trial_checkpoint(folder)
+    seen["halves"], half = interrupted(config, folder, 2)
+    seen["halves"].fails_at = None
+    _, resumed = run_local(config, folder, resume=half, report=seen["halves"])
+    expected, _ = model_from_checkpoint(tmp_path / "plain" / "last.pt")  # the average
+    for name, checkpoint in (("whole", end), ("halves", resumed)):
+        assert_same_reports(seen[name], seen["plain"])
+        model, meta = load_trial_checkpoint(checkpoint)
         assert meta["precision"] == amp
-        for key, value in expected.state_dict().items():
-            assert torch.equal(value, model.state_dict()[key]), key
+        assert_equal_weights(expected.state_dict(), model.state_dict())
 
     config["hyperparameters"]["amp"] = "off"
     message = f'was trained in {amp}, .* go on in fp32: give it amp: "{amp}"'
     with pytest.raises(ValueError, match=message):
-        run_local(config, tmp_path / "halves", resume=half)
+        run_local(config, folder, resume=half)
 
 
 @pytest.mark.slow
@@ -183,7 +167,7 @@ def test_test_mode_trains_and_validates_one_batch(tiles, tmp_path):
     seen = Recorder()
     config = experiment(tiles, max_batches=100)
     metrics, checkpoint = run_local(config, tmp_path, test_mode=True, report=seen)
-    assert sorted(seen.losses) == sorted(seen.figures) == [1]
+    assert sorted(seen.losses) == sorted(seen.metrics) == [1]
     assert 0 <= metrics["mAP"] <= 1
     assert load_trial_checkpoint(checkpoint)[1]["step"] == 1
     names = {path.name for path in (checkpoint / "code").iterdir()}
@@ -193,11 +177,9 @@ def test_test_mode_trains_and_validates_one_batch(tiles, tmp_path):
 
 @pytest.mark.slow
 def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
-    output, _ = plain
-    seen = Recorder()
-    file = output / "last.pt"
-    config = experiment(tiles, init_checkpoint=str(file))
-    run_local(config, tmp_path, stop=1, report=seen)
+    file, seen = plain[0] / "last.pt", Recorder()
+    config = experiment(tiles, init_checkpoint=str(file), max_batches=1)
+    run_local(config, tmp_path, report=seen)
     model, _ = model_from_checkpoint(file)
     data = CocoTiles(*TrainConfig(str(tiles), "").split("train"), default_augment())
     images, targets = next(iter(train_loader(data, 2, 1)))
@@ -215,70 +197,39 @@ def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
 # torchrun keeps the addresses of a first meeting, which a second one might read.
 TWO = """
 import sys
-import torch.distributed as dist
 from determined_files.train import main
-from e2e_utils.train import TrainConfig, fit
+from e2e_utils.config import TrainConfig
+from e2e_utils.train import fit
 
 tiles, *arguments = sys.argv[1:]
 settings = dict(steps=4, eval_steps=4, batch_size=2, amp="off")
 fit(TrainConfig(tiles, "plain", **settings), progress=False)
-dist.init_process_group = lambda backend: None
 main(arguments)
 """
 
 
-@pytest.fixture(scope="module")
-def two_processes(tiles, tmp_path_factory):
-    """(printed lines, checkpoint folder, folder of the plain loop) under torchrun."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    (folder / "two.py").write_text(TWO)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", "two.py", str(tiles)),
-            *("--config", str(FILES / "fake.yaml"), "--output-dir", str(folder)),
-            *("validation_batches=4", "backend=local", f"data_dir={tiles}"),
-            'amp="off"',
-        ],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    checkpoint = re.search("checkpoint (.*)", done.stdout)[1]
-    return done.stdout, Path(checkpoint), folder / "plain"
-
-
 @pytest.mark.slow
-def test_two_processes_speak_once_and_their_checkpoint_loads(two_processes):
-    told, checkpoint, _ = two_processes
-    assert re.search(r"step 4  mAP \d", told)
-    assert told.count("checkpoint ") == 1
+def test_two_processes_end_like_the_plain_loop_and_one_goes_on(tiles, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    given = ["backend=local", f"data_dir={tiles}", 'amp="off"']
+    output = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("two.py", tiles, "--config", FILES / "fake.yaml", "--output-dir", tmp_path),
+        *("validation_batches=4", *given),
+        cwd=tmp_path,
+    )
+    assert re.search(r"step 4  mAP \d", output)
+    (checkpoint,) = map(Path, re.findall("checkpoint (.*)", output))  # said once
     raw = torch.load(checkpoint / "state_dict.pth", weights_only=True)
     assert all(key.startswith("module.") for key in raw["models_state_dict"][0])
     model, meta = load_trial_checkpoint(checkpoint)
     assert meta["step"] == 4
-    assert len(model.state_dict()) == len(raw["models_state_dict"][0])
+    expected, _ = model_from_checkpoint(tmp_path / "plain" / "last.pt")
+    assert_equal_weights(expected.state_dict(), model.state_dict())
 
-
-@pytest.mark.slow
-def test_two_processes_end_at_the_weights_of_the_plain_loop(two_processes):
-    _, checkpoint, plain = two_processes
-    expected, _ = model_from_checkpoint(plain / "last.pt")
-    model, _ = load_trial_checkpoint(checkpoint)
-    for key, value in expected.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
-
-
-@pytest.mark.slow
-def test_one_process_goes_on_where_two_stopped(two_processes, tiles, tmp_path):
-    config = load_config(
-        FILES / "fake.yaml", ["max_batches=5", "backend=local", f"data_dir={tiles}"]
-    )
+    config = load_config(FILES / "fake.yaml", ["max_batches=5", *given])
     seen = Recorder()
-    run_local(config, tmp_path, resume=two_processes[1], report=seen)
+    run_local(config, tmp_path, resume=checkpoint, report=seen)
     assert sorted(seen.losses) == [5]
 
 
@@ -287,17 +238,10 @@ def test_experiment_cannot_be_created_without_a_master_and_says_so(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "determined.cli", "e", "create"),
-            *(str(FILES / "const.yaml"), str(FILES)),
-            *("--include", str(ROOT / "e2e_utils")),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "DET_MASTER": address},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    create = ("-m", "determined.cli", "e", "create", FILES / "const.yaml", FILES)
+    include = ("--include", ROOT / "e2e_utils")
+    done = run(
+        *(sys.executable, *create, *include), cwd=tmp_path, env={"DET_MASTER": address}
     )
     assert done.returncode == 1
     assert f"Master not found at {address}" in done.stderr
@@ -318,16 +262,9 @@ def test_uploaded_folder_runs_by_itself(tmp_path, capsys):
         if file.content:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(base64.b64decode(file.content))
-    code = "import train, model_def, e2e_utils.train as t; print(t.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).parent == tmp_path / "e2e_utils"
+    code = "import train, core_api, load, e2e_utils.train as t; print(t.__file__)"
+    path = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": None}).strip()
+    assert Path(path).parent == tmp_path / "e2e_utils"
 
 
 def test_upload_of_the_whole_repository_is_small(capsys):
@@ -349,7 +286,7 @@ def test_upload_of_the_whole_repository_is_small(capsys):
         ({"backend": "gcs", "data_dir": "gs://b/t"}, "backend gcs needs cache_dir"),
     ],
 )
-def test_backend_and_place_must_fit(hparams, message):
+def test_backend_and_data_dir_must_fit(hparams, message):
     with pytest.raises(ValueError, match=message):
         fetch_tiles(hparams)
 
@@ -365,8 +302,9 @@ def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
     assert calls == [("s3://b/t", str(tmp_path))]
 
 
-def test_fake_tiles_are_coco_tiles(tiles):
-    config = TrainConfig(str(tiles), "")
+def test_fake_tiles_are_coco_tiles(tmp_path):
+    hparams = load_config(FILES / "fake.yaml")["hyperparameters"]
+    config = TrainConfig(fetch_tiles(hparams, tmp_path), "")
     train, val = CocoTiles(*config.split("train")), CocoTiles(*config.split("val"))
     assert (len(train), len(val), len(train.class_names)) == (8, 4, 61)
     image, target = train[0]
@@ -375,18 +313,15 @@ def test_fake_tiles_are_coco_tiles(tiles):
 
 
 def test_folder_that_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        load_trial_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        steps_done(tmp_path)
+    for read in (load_trial_checkpoint, steps_done):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            read(tmp_path)
     torch.save({"model": {}}, tmp_path / "state_dict.pth")
     with pytest.raises(ValueError, match="not written by ObjectDetectionTrial"):
         load_trial_checkpoint(tmp_path)
 
 
 def test_trial_state_with_code_in_it_is_not_run(tmp_path):
-    import pickle
-
     (tmp_path / "trial_state.pkl").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(pickle.UnpicklingError, match="is no plain value"):
         steps_done(tmp_path)
@@ -394,6 +329,6 @@ def test_trial_state_with_code_in_it_is_not_run(tmp_path):
 
 def test_yaml_that_is_no_experiment_is_named(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump(json.loads("[1]")))
+    path.write_text("- 1")
     with pytest.raises(ValueError, match="x.yaml is not an experiment configuration"):
         load_config(path)

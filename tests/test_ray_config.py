@@ -11,10 +11,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from commands import python
 from serving import ROOT
 from test_k8s import strict
 
-from e2e_utils.experiment import absolute_init, read_experiment
+from e2e_utils.experiment import absolute_init, read_experiment, train_config
 
 pytest.importorskip("ray")
 
@@ -22,13 +23,6 @@ from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import sample  # noqa: E402
 
 from ray_files import adapter  # noqa: E402
-from ray_files.adapter import (  # noqa: E402
-    Courier,
-    below,
-    experiment_config,
-    place,
-    takes_gpu,
-)
 from ray_files.translate import translate  # noqa: E402
 
 FILES = ROOT / "determined_files"
@@ -48,13 +42,6 @@ def experiment(file="adaptive", hparams=None, /, **searcher):
 
 def test_the_adaptive_yaml_becomes_asha():
     plan = translate(experiment("adaptive"))
-    assert plan.asha == {
-        "time_attr": "batches",
-        "max_t": 1600,
-        "grace_period": 100,
-        "reduction_factor": 4,
-        "brackets": 1,
-    }
     assert (plan.samples, plan.metric, plan.slots, plan.restarts) == (16, "mAP", 1, 0)
     assert plan.concurrent == 16  # the master's default
     assert plan.searched == ["lr", "weight_decay", "clip_grad"]
@@ -83,12 +70,10 @@ def test_every_yaml_has_a_translation(path):
     single = found["searcher"]["name"] == "single"
     assert single == (plan.samples == 1 and not plan.searched)
     values = {key: drawn(value) for key, value in plan.space.items()}
-    if values["backend"] == "aws":
-        values["cache_dir"] = "cache"
-    config, hparams = experiment_config(values, plan.slots)
-    assert config.steps == hparams["max_batches"]
-    assert config.batch_size * plan.slots == hparams["global_batch_size"]
-    assert config.eval_steps == hparams["validation_batches"]
+    config = train_config(values, plan.slots)
+    assert config.steps == values["max_batches"]
+    assert config.batch_size * plan.slots == values["global_batch_size"]
+    assert config.eval_steps == values["validation_batches"]
 
 
 def drawn(value):
@@ -159,7 +144,12 @@ def test_rungs_are_those_of_the_master(searcher, rungs):
 
 @pytest.mark.parametrize(
     ("mode", "brackets"),
-    [("aggressive", [3]), ("standard", [3, 2]), ("conservative", [3, 2, 1])],
+    [
+        ("aggressive", [3]),
+        ("standard", [3, 2]),
+        ("conservative", [3, 2, 1]),
+        (None, [3, 2]),  # standard by default
+    ],
 )
 def test_modes_are_brackets_with_as_many_rungs_as_the_masters(mode, brackets):
     plan = translate(experiment("adaptive", mode=mode))
@@ -167,17 +157,7 @@ def test_modes_are_brackets_with_as_many_rungs_as_the_masters(mode, brackets):
     assert [len(bracket._rungs) for bracket in scheduler._brackets] == brackets
 
 
-def test_defaults_of_the_searcher_are_the_masters():
-    found = experiment("adaptive")
-    for key in ("divisor", "max_rungs", "mode"):
-        del found["searcher"][key]
-    del found["max_restarts"], found["resources"]
-    plan = translate(found)
-    assert plan.asha["reduction_factor"] == 4 and plan.asha["brackets"] == 2
-    assert (plan.restarts, plan.slots) == (5, 1)
-
-
-def test_a_random_search_has_no_scheduler():
+def test_a_random_search_has_no_scheduler_and_the_masters_defaults():
     found = experiment("adaptive")
     found["searcher"] = {
         "name": "random",
@@ -188,26 +168,28 @@ def test_a_random_search_has_no_scheduler():
         "source_trial_id": None,  # as good as absent
     }
     found["reproducibility"] = {"experiment_seed": 5}
+    del found["max_restarts"], found["resources"]
     plan = translate(found)
     assert (plan.samples, plan.concurrent, plan.asha) == (7, 0, None)
     assert (plan.metric, plan.seed) == ("mAP_50", 5)
+    assert (plan.restarts, plan.slots) == (5, 1)
 
 
 @pytest.mark.parametrize(
     ("searcher", "message"),
     [
-        ({"name": "custom"}, "searcher.name must be one of .*got 'custom'"),
+        ({"name": "custom"}, "searcher.name must be single or .*got 'custom'"),
         ({"bracket_rungs": [2]}, r"searcher.bracket_rungs = \[2\] .* no translation"),
         ({"max_length": 9}, "searcher.max_length = 9 of adaptive_asha"),
         ({"source_trial_id": 4}, "searcher.source_trial_id = 4"),
-        ({"metric": "loss"}, "searcher.metric must be one of mAP.*got 'loss'"),
+        ({"metric": "loss"}, "searcher.metric must be mAP or .*got 'loss'"),
         ({"smaller_is_better": True}, "the worst would be kept"),
         ({"smaller_is_better": None}, "the worst would be kept"),
         ({"time_metric": "epochs"}, "time_metric must be batches.*got 'epochs'"),
         ({"time_metric": None}, "time_metric must be batches.*got None"),
         ({"max_time": None}, "max_time must be 1 or more, got None"),
         ({"divisor": 1}, "divisor must be above 1, got 1"),
-        ({"mode": "bold"}, "searcher.mode must be one of .*got 'bold'"),
+        ({"mode": "bold"}, "searcher.mode must be aggressive or .*got 'bold'"),
         ({"max_trials": None}, "max_trials is needed by adaptive_asha"),
     ],
 )
@@ -219,8 +201,14 @@ def test_what_has_no_translation_is_refused_by_name(searcher, message):
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"lr": {"type": "logarithmic"}}, "lr.type must be .*got 'logarithmic'"),
-        ({"lr": {"type": "log", "minval": 0, "maxval": 1}}, "lr lacks base"),
+        (
+            {"settings": {"nms_thresh": {"type": "log"}}},
+            "settings.nms_thresh lacks bas",
+        ),
+        (
+            {"lr": {"type": "logarithmic"}},
+            "lr.type must be const or.*'logarithmic'",
+        ),
         ({"lr": {"type": "double", "minval": 1, "maxval": 1}}, "below maxval"),
         ({"lerning_rate": 1}, "unknown hyperparameter 'lerning_rate'"),
         ({"validation_batches": 400}, "steps over the rung at 100.*at least every 100"),
@@ -244,13 +232,15 @@ def test_a_grid_needs_counts_and_values():
 
 def test_tiles_can_be_given_and_paths_become_absolute(tmp_path):
     found = read_experiment(FILES / "const-distributed.yaml")["hyperparameters"]
-    config, hparams = experiment_config(found, 8, tmp_path)
-    assert (hparams["backend"], hparams["data_dir"]) == ("local", str(tmp_path))
-    assert config.batch_size == 16
-    assert place("s3://bucket/runs") == "s3://bucket/runs"
-    assert Path(place("runs")).is_absolute()
-    assert below("/runs", "a", "b") == "/runs/a/b"
-    assert below("s3://bucket/?region=x", "a") == "s3://bucket/a?region=x"
+    assert adapter.local_tiles(found) == found  # in a bucket
+    given = {"backend": "local", "data_dir": str(tmp_path)}
+    assert adapter.local_tiles(found, tmp_path) == {**found, **given}
+    relative = adapter.local_tiles({"backend": "local", "data_dir": "tiles"})
+    assert relative["data_dir"] == str(Path("tiles").resolve())
+    assert adapter.storage_path("s3://bucket/runs") == "s3://bucket/runs"
+    assert adapter.storage_path("runs") == str(Path("runs").resolve())
+    assert adapter.join_url("/runs", "a", "b") == "/runs/a/b"
+    assert adapter.join_url("s3://bucket/?region=x", "a") == "s3://bucket/a?region=x"
 
 
 def test_init_checkpoint_becomes_absolute_and_is_no_url():
@@ -265,28 +255,39 @@ def test_init_checkpoint_becomes_absolute_and_is_no_url():
 def test_gpus_for_some_of_the_workers_are_no_silent_cpus(monkeypatch):
     for there, processes, wanted in ((0, 2, False), (2, 2, True), (8, 2, True)):
         monkeypatch.setattr("ray.cluster_resources", lambda n=there: {"GPU": n})
-        assert takes_gpu(None, processes) is wanted
+        assert adapter.takes_gpu(None, processes) is wanted
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1})
     with pytest.raises(ValueError, match="1 GPU for 2 workers"):
-        takes_gpu(None, 2)
-    assert takes_gpu(True, 2) and not takes_gpu(False, 2)
+        adapter.takes_gpu(None, 2)
+    assert adapter.takes_gpu(True, 2) and not adapter.takes_gpu(False, 2)
 
 
-def test_a_save_tells_only_the_figures_of_its_own_step(tmp_path):
+def test_a_save_reports_only_the_metrics_of_its_own_step(tmp_path, capsys):
     sent = []
-    courier = Courier(lambda *told: sent.append(told), tmp_path / "run")
-    courier.restore(None)
-    courier.report({"loss": 2.0, "lr": 0.1}, 20)
-    courier.save(20)
-    courier.report({"AP": 0.5, "AP50": 0.75, "AP_large": None, "AR_1": 0.1}, 40)
-    courier.save(40)
-    courier.save(60)
-    metrics = [told for told, _ in sent]
-    assert metrics[0] == {"loss": 2.0, "lr": 0.1, "batches": 20}
-    assert metrics[1] == {**metrics[0], "mAP": 0.5, "mAP_50": 0.75, "batches": 40}
-    assert metrics[2] == {"loss": 2.0, "lr": 0.1, "batches": 60}
-    told = json.loads((tmp_path / "run" / "resumed.json").read_text())
-    assert told == {"step": 60, "resumed": []}
+
+    def send(metrics, checkpoint):
+        sent.append((metrics, checkpoint and checkpoint.get_metadata()))
+
+    reporter = adapter.Reporter(send, tmp_path / "run", verbose=True)
+    reporter.restore(None)
+    reporter.report({"loss": 2.0, "lr": 0.1}, 20)
+    reporter.save(20)
+    reporter.report({"AP": 0.5, "AP50": 0.75, "AP_large": None, "AR_1": 0.1}, 40)
+    reporter.save(40)
+    losses = {"loss": 2.0, "lr": 0.1}
+    assert sent == [
+        ({**losses, "batches": 20}, {"step": 20, "resumed": []}),
+        (
+            {**losses, "mAP": 0.5, "mAP_50": 0.75, "batches": 40},
+            {"step": 40, "resumed": []},
+        ),
+    ]
+    assert "step 40  mAP 0.5000  mAP_50 0.7500\n" in capsys.readouterr().out
+    other = adapter.Reporter(send, tmp_path / "again", main=False)
+    other.restore(adapter.Checkpoint(str(reporter.folder)))
+    other.save(60)
+    assert other.resumed == [40]
+    assert sent[-1] == ({"batches": 60}, None)
 
 
 # ---- a Ray that is started here
@@ -302,40 +303,38 @@ def test_a_node_that_is_late_is_cleared_away_and_started_again(monkeypatch):
             raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(adapter.ray, "init", init)
-    adapter._start(1, False, {})
+    adapter._start(1, False)
     assert [process.poll() is None for process in started] == [False, False, True]
     started[-1].kill()
     started[-1].wait()
-
-
-def test_another_failure_to_start_is_raised_at_once(monkeypatch):
-    attempts = []
-
-    def init(**_):
-        attempts.append(1)
-        raise ValueError("no such option")
-
-    monkeypatch.setattr(adapter.ray, "init", init)
-    with pytest.raises(ValueError, match="no such option"):
-        adapter._start(1, False, {})
-    assert len(attempts) == 1
 
 
 def test_the_environment_and_the_handler_of_ctrl_c_are_put_back(monkeypatch):
     seen = {}
 
     def init(**_):
+        assert not seen, "another failure than a late node is raised at once"
         seen.update(os.environ)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray takes it
+        raise ValueError("no such option")
 
     monkeypatch.setattr(adapter.ray, "init", init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
-    with adapter.ray_session():
-        pass
-    assert dict(os.environ) == before
-    assert signal.getsignal(signal.SIGINT) == handler
-    assert seen["RAY_AUTH_MODE"] == "disabled" and str(ROOT) in seen["PYTHONPATH"]
+    for name in ("RAY_ADDRESS", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    for address in (None, "10.0.0.1:6379"):
+        if address:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
+        with pytest.raises(ValueError, match="no such option"):
+            with adapter.ray_session():
+                pass
+        assert dict(os.environ) == before
+        assert signal.getsignal(signal.SIGINT) == handler
+        assert seen["RAY_USAGE_STATS_ENABLED"] == "0"
+        local = address is None  # a cluster has its own settings
+        assert (seen.get("RAY_AUTH_MODE") == "disabled") == local
+        assert seen.get("PYTHONPATH", "").startswith(str(ROOT)) == local
+        seen.clear()
 
 
 # ---- the RayJob
@@ -406,18 +405,6 @@ print(imported)
 
 @pytest.mark.slow
 def test_nothing_of_ray_or_of_the_helpers_needs_determined():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DETERMINED],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    imported = int(python("-c", WITHOUT_DETERMINED, cwd=ROOT))
     modules = [*ROOT.glob("e2e_utils/*.py"), *ROOT.glob("ray_files/*.py")]
-    assert int(done.stdout) >= len(modules) - 2  # but for the two __init__.py
-
-
-def test_no_module_of_ray_names_determineds_package():
-    for path in (ROOT / "ray_files").glob("*.py"):
-        assert not re.search(r"^\s*(import|from) determined\b", path.read_text(), re.M)
+    assert imported >= len(modules) - 2  # but for the two __init__.py
