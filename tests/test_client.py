@@ -169,18 +169,19 @@ def test_a_busy_server_gets_the_whole_body_again(double, protocol, busy, tmp_pat
     assert seen[0][2] == seen[1][2]
     answers[:] = [(busy, {"Retry-After": "0"}, "no worker")]
     with pytest.raises(RemoteError, match=f"{busy}: no worker") as error:
-        predict_remote(url, jpeg(), protocol=protocol, retries=2)
-    assert len(seen) == 5 and error.value.status == busy
+        predict_remote(url, jpeg(), protocol=protocol)
+    assert len(seen) == 6 and error.value.status == busy
 
 
 def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
-    url, _, answers = double
+    url, seen, answers = double
     waits = []
-    monkeypatch.setattr("kserve_utils.client.time.sleep", waits.append)
-    answers += [(429, {"Retry-After": "7"}, ""), (503, {}, ""), (503, {}, "")]
-    answers += [(503, {"Retry-After": "3600"}, ""), (200, {}, v2())]
-    predict_remote(url, jpeg(), protocol="v2", retries=4)
-    assert waits == [7, 1, 2, 30]
+    monkeypatch.setattr("time.sleep", waits.append)
+    for hours in ("7", "3600"):
+        answers.append((429, {"Retry-After": hours}, ""))
+    answers += [(503, {}, ""), (200, {}, v2())]
+    predict_remote(url, jpeg(), protocol="v2")
+    assert waits == [7, 30, 2] and len(seen) == 4
 
 
 FAILURES = [
@@ -188,8 +189,7 @@ FAILURES = [
     ((500, {}, '{"message": "inside"}'), "answered 500: inside"),
     ((404, {}, ""), "404: Not Found .wrong model name, or the gateway .* host None"),
     ((413, {}, '{"error": "65 MiB"}'), "413: 65 MiB .the picture is larger"),
-    ((429, {}, '{"error": "full"}'), "429: full .the server has more requests"),
-    ((None, {}, ""), "broke off before the answer"),
+    ((None, {}, ""), "no answer from .* of this size.*without response"),
     ((200, {}, "<html>"), "not with boxes: '<html>'"),
     ((200, {}, "[]"), "not with boxes"),
 ]
@@ -218,7 +218,7 @@ def test_every_failure_says_what_the_server_said(double, protocol, answer, messa
     url, seen, answers = double
     answers.append(answer)
     with pytest.raises(RemoteError, match=message) as error:
-        predict_remote(url, jpeg(), protocol=protocol, retries=0)
+        predict_remote(url, jpeg(), protocol=protocol)
     assert error.value.status == answer[0] and len(seen) == 1
 
 
@@ -231,14 +231,14 @@ def test_what_cannot_be_asked_is_an_error_before_asking(tmp_path, protocol):
         predict_remote(url, jpeg(), score_threshold=40, protocol=protocol)
     with pytest.raises(FileNotFoundError, match="absent"):
         predict_remote(url, tmp_path / "absent.jpg", protocol=protocol)
-    with pytest.raises(RemoteError, match=f"no connection to {url}/{protocol}/"):
+    with pytest.raises(RemoteError, match=f"no answer from {url}/{protocol}/.*refused"):
         predict_remote(url, jpeg(), protocol=protocol)
 
 
 def test_a_server_that_says_nothing_is_an_error_after_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RemoteError, match="gave no answer in 0.2 s"):
+        with pytest.raises(RemoteError, match="no answer .*timed out.*0.2"):
             predict_remote(url, jpeg(), timeout=0.2)
 
 
@@ -258,4 +258,4 @@ def test_the_client_needs_no_torch():
     done = subprocess.run(
         [sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.stdout.startswith("no connection to http://127.0.0.1:9"), done.stderr
+    assert done.stdout.startswith("no answer from http://127.0.0.1:9"), done.stderr
