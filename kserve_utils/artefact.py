@@ -83,19 +83,13 @@ def write_artefact(
     parity: dict = {"torch": {"checked": len(pictures), "boxes": _count(expected)}}
     with _new_folder(out) as folder:
         shutil.copyfile(stripped_ckpt, folder / "model.pth")
-        graph = folder / "model.onnx"
+        architecture = description["architecture"]
         for engine in engines[1:]:
-            title = f"{engine} differs from torch on {description['architecture']}"
-            with _explained(engine, description["architecture"]):
-                if not graph.exists():
-                    write_onnx(model, graph, _tensor(pictures[0]))
-                if engine == "openvino":
-                    write_openvino(graph)
-                module = Compiled(RUNNERS[engine](folder, "fp32", None)[0])
-                found = _run(module, pictures)
+            found = _exported(engine, folder, model, pictures, architecture)
+            title = f"{engine} differs from torch on {architecture}"
             parity[engine] = compare(expected, found, title)
         if "onnxruntime" not in engines:
-            graph.unlink(missing_ok=True)
+            (folder / "model.onnx").unlink(missing_ok=True)
         names = [name for engine in engines for name in FILES[engine]]
         files = {name: sha256(folder / name) for name in names}
         text = json.dumps({**description, "parity": parity, "files": files}, indent=2)
@@ -130,13 +124,19 @@ def _count(detections: Sequence[dict]) -> int:
     return sum(len(found["scores"]) for found in detections)
 
 
-@contextmanager
-def _explained(engine: str, architecture: str) -> Iterator[None]:
-    """Whatever an exporter or a runtime raises on a graph, as a RuntimeError."""
+def _exported(
+    engine: str, folder: Path, model: nn.Module, pictures: list, architecture: str
+) -> list[dict]:
+    """Write an engine's graph; the boxes that it finds on the pictures."""
+    graph = folder / "model.onnx"
     try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if not graph.exists():
+            write_onnx(model, graph, _tensor(pictures[0]))
+        if engine == "openvino":
+            write_openvino(graph)
+        return _run(Compiled(RUNNERS[engine](folder, "fp32", None)[0]), pictures)
+    except Exception as error:  # whatever an exporter or a runtime raises
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         raise RuntimeError(
             f"{engine} cannot run {architecture}: {reason}. Leave {engine} out of "
             "engines"

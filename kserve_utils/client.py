@@ -37,7 +37,6 @@ _RETRY = Retry(
 _HINTS = {
     404: " (wrong model name, or the gateway does not know the host {host!r})",
     413: " (the picture is larger than the server's max_request_size)",
-    429: " (the server has more requests than it can queue: ask again later)",
     503: " (still starting, overloaded, or the request could not be parsed)",
 }
 
