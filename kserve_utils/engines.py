@@ -272,20 +272,17 @@ RUNNERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 def _check_native(engine: str, precision: str, device: torch.device) -> None:
     """RuntimeError where it would be emulated, or computed in another precision."""
-    if engine == "torch":
-        native = native_precisions(device)
-    elif engine == "openvino" and precision == "bf16":
+    native = native_precisions(device) if engine == "torch" else ("fp32",)
+    if engine == "openvino":
         import openvino
 
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        native = ("fp32", *("bf16",) * ("BF16" in able))
-    else:
-        raise RuntimeError(f"{engine} has no {precision} on a CPU: take fp32")
+        native += ("bf16",) * ("BF16" in able)
     if precision not in native:
         what = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         raise RuntimeError(
-            f"{engine}: this {what} has no units for {precision}, it would be slower "
-            f"than fp32: take {' or '.join(native)}"
+            f"{engine}: this {what} has no units for {precision} that it would use: "
+            f"take {' or '.join(native)}"
         )
 
 
