@@ -187,14 +187,17 @@ def trained(folder: Path, tiles: Path, device, arguments, host: str) -> list[dic
 
 def evaluated(folder: Path, tiles: Path, device: torch.device, host: str) -> list[dict]:
     """The weights of the float32 run, in each precision, by the loop and served."""
-    from kserve_utils.artefact import write_artefact
+    from kserve_utils.artefact import read_tiles, write_artefact
     from kserve_utils.engines import load_engine
     from kserve_utils.export import strip_checkpoint
 
-    data = CocoTiles(*TrainConfig(str(tiles), "").split("val"))
+    images, labels = TrainConfig(str(tiles), "").split("val")
+    data = CocoTiles(images, labels)
     model, _ = model_from_checkpoint(folder / "fp32" / "last.pt", device)
     stripped = strip_checkpoint(folder / "fp32" / "last.pt", folder / "stripped.pth")
-    artefact = write_artefact(stripped, folder / "artefact", ["torch"])
+    artefact = write_artefact(
+        stripped, folder / "artefact", ["torch"], tiles=read_tiles(images)
+    )
     scores, rates = {}, {}
     for precision in native_precisions(device):
         scores["loop", precision] = average_precision(model, data, device, precision)

@@ -39,7 +39,6 @@ def approve_precision(
     *,
     precision: str = "bf16",
     device: str | None = None,
-    threads: int | None = None,
 ) -> dict:
     """Compare AP in fp32 and a lower precision; write the outcome into detector.json.
 
@@ -51,7 +50,7 @@ def approve_precision(
         max_drop: of AP (0..1, the mean over IoU 0.50:0.95, at most 500 detections a
             tile and class) that is accepted. Half a point by default.
         precision: "bf16" or "fp16".
-        device, threads: for the engine.
+        device: for the engine.
 
     Returns:
         {"approved": bool, "AP_fp32", "AP_bf16" (or "AP_fp16"), "drop", "max_drop",
@@ -68,9 +67,10 @@ def approve_precision(
         valid = ", ".join(LOWER)
         raise ValueError(f"no lower precision {precision!r}; valid: {valid}")
     folder = Path(artefact_dir)
-    options: dict = {"threads": threads, "device": device}
     # first, because it refuses a device without units before anything is measured
-    lower, meta = load_engine(folder, engine, precision, approved_only=False, **options)
+    lower, meta = load_engine(
+        folder, engine, precision, device=device, approved_only=False
+    )
     tiles = CocoTiles(image_dir, json_path)
     if tiles.class_names != meta["class_names"]:
         raise ValueError(
@@ -78,7 +78,7 @@ def approve_precision(
             f"{len(meta['class_names']) - 1} classes of {folder}"
         )
     ap = _ap(lower, tiles)
-    full = _ap(load_engine(folder, engine, **options)[0], tiles)
+    full = _ap(load_engine(folder, engine, device=device)[0], tiles)
     if not full or ap is None:  # without labels both are None
         raise ValueError(
             f"AP of {folder} on {json_path} is {full}: it tells nothing of "
@@ -104,19 +104,16 @@ def _ap(detector: nn.Module, tiles: CocoTiles) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser("kserve_utils.approve")
     add = parser.add_argument
-    add("--artefact", required=True, help="folder of write_artefact")
+    add("--artefact", dest="artefact_dir", required=True, help="of write_artefact")
     add("--engine", default="openvino", choices=("openvino", "torch"))
-    add("--json", required=True, help="COCO file of labelled tiles")
-    add("--images", required=True, help="folder of the tiles")
+    add("--json", dest="json_path", required=True, help="COCO file of labelled tiles")
+    add("--images", dest="image_dir", required=True, help="folder of the tiles")
     add("--max-drop", type=float, default=MAX_DROP, help="of AP, 0..1")
     add("--precision", default="bf16", choices=LOWER)
     add("--device", help="cpu, cuda or cuda:N; of torch, a GPU if any")
-    add("--threads", type=int)
     args = parser.parse_args()
-    positional = args.artefact, args.engine, args.json, args.images, args.max_drop
-    options = {key: vars(args)[key] for key in ("precision", "device", "threads")}
     try:
-        outcome = approve_precision(*positional, **options)
+        outcome = approve_precision(**vars(args))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     word = "approved" if outcome["approved"] else "not approved"

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -33,12 +30,9 @@ from e2e_utils.files import atomic_path, write_file
 from .engines import DESCRIBES, load_eager
 
 MAX_PIXELS = 4096 * 4096  # of a picture that servers take
-CODE = (
-    "models.py",
-    "backbones.py",
-    "autocast.py",
-)  # of e2e_utils: they build the detector
-_TABLES = ("detector.json", "index_to_name.json")
+CODE = ("models.py", "backbones.py", "autocast.py")  # build the detector
+_MODEL = "xview-fasterrcnn"  # in the files of torchserve_utils
+_WEIGHTS = "trained_model_stripped.pth"
 _SERVER = Path(__file__).with_name("torchserve_utils")
 
 
@@ -134,47 +128,33 @@ def _weights(checkpoint: dict, path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def read_stripped(
-    ckpt_path: str | Path, score_threshold: float = 0.0, max_pixels: int = MAX_PIXELS
-) -> tuple[nn.Module, dict]:
+def read_stripped(ckpt_path: str | Path) -> tuple[nn.Module, dict]:
     """The detector of a stripped checkpoint, and what a server has to know of it.
 
     Args:
         ckpt_path: written by `strip_checkpoint`.
-        score_threshold: servers return no boxes below, 0..1. The detector's own
-            threshold comes before it.
-        max_pixels: servers refuse larger pictures; the default is 4096 x 4096.
 
     Returns:
-        (model, description): ready to predict; `DESCRIBES` and the two limits.
+        (model, description): ready to predict; `DESCRIBES`, and two limits of servers:
+        "score_threshold" 0..1, below which they return no box (0.0, the detector's own
+        comes before it), and "max_pixels", above which they refuse a picture.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not stripped, or a limit is out of range.
+        ValueError: it is not stripped.
     """
-    if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
     model, meta = load_eager(ckpt_path)
     odd = sorted(set(meta) ^ set(DESCRIBES))
     if odd:
         raise ValueError(
             f"{ckpt_path} is not stripped ({', '.join(odd)}): use strip_checkpoint"
         )
-    description = {key: meta[key] for key in DESCRIBES}
-    limits = {"score_threshold": score_threshold, "max_pixels": max_pixels}
-    return model, description | limits
+    limits = {"score_threshold": 0.0, "max_pixels": MAX_PIXELS}
+    return model, {key: meta[key] for key in DESCRIBES} | limits
 
 
 def write_mar(
-    stripped_ckpt: str | Path,
-    out_dir: str | Path,
-    model_name: str = "xview-fasterrcnn",
-    *,
-    version: str = "1.0",
-    score_threshold: float = 0.0,
-    max_pixels: int = MAX_PIXELS,
+    stripped_ckpt: str | Path, out_dir: str | Path, model_name: str = _MODEL
 ) -> Path:
     """Archive a stripped checkpoint and all that a TorchServe needs to serve it.
 
@@ -182,8 +162,6 @@ def write_mar(
         stripped_ckpt: written by `strip_checkpoint`.
         out_dir: gets `<model_name>.mar`, in place of an older one.
         model_name: in the URL.
-        version: of the model, as the server gives it.
-        score_threshold, max_pixels: as for `read_stripped`.
 
     Returns:
         The path of the archive. Inside: the checkpoint, the code that builds its
@@ -192,36 +170,39 @@ def write_mar(
 
     Raises:
         FileNotFoundError, ValueError: as `read_stripped`.
-        RuntimeError: torch-model-archiver failed; with its message.
+        ModelArchiverError: `model_name` has other characters than A-Z a-z 0-9 _ - .
     """
-    _, description = read_stripped(stripped_ckpt, score_threshold, max_pixels)
+    from model_archiver.model_archiver_config import ModelArchiverConfig
+    from model_archiver.model_packaging_utils import ModelExportUtils
+
+    _, description = read_stripped(stripped_ckpt)
     names = {str(label): n for label, n in enumerate(description["class_names"])}
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    # The archiver stages in <temp folder>/<model name> and empties it first: runs at
-    # the same time would destroy each other's, so each gets a temp folder of its own.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".mar-") as staging:
-        extra = [Path(models.__file__).with_name(name) for name in CODE]
-        for name, content in zip(_TABLES, (description, names), strict=True):
-            extra.append(Path(staging, name))
-            extra[-1].write_text(json.dumps(content, indent=2) + "\n")
-        command = [sys.executable, "-m", "model_archiver.model_packaging"]
-        command += ["--model-name", model_name, "--version", version]
-        command += ["--model-file", str(_SERVER / "model-xview.py")]
-        command += ["--serialized-file", str(stripped_ckpt)]
-        command += ["--handler", str(_SERVER / "fasterrcnn_handler.py")]
-        command += ["--extra-files", ",".join(map(str, extra))]
-        command += ["--export-path", staging]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "TMPDIR": staging},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        archive = Path(staging, f"{model_name}.mar")
-        if done.returncode or not archive.is_file():
-            raise RuntimeError(f"torch-model-archiver failed: {done.stderr[-2000:]}")
+    ModelExportUtils.validate_inputs(model_name, out_dir)
+    config = ModelArchiverConfig(
+        model_name=model_name,
+        version="1.0",
+        model_file="model-xview.py",
+        serialized_file=_WEIGHTS,
+        handler="fasterrcnn_handler.py",
+    )
+    manifest = ModelExportUtils.generate_manifest_json(config)
+    # not by the archiver's command, which stages in <temp folder>/<model name> and
+    # empties it first: two at the same time would destroy each other's
+    with tempfile.TemporaryDirectory(dir=out, prefix=".mar-") as new:
+        inside = Path(new, "inside")
+        inside.mkdir()
+        for name in CODE:
+            shutil.copy(Path(models.__file__).with_name(name), inside)
+        for name in (config.model_file, config.handler):
+            shutil.copy(_SERVER / name, inside)
+        shutil.copy(stripped_ckpt, inside / _WEIGHTS)
+        for name, content in (("detector", description), ("index_to_name", names)):
+            text = json.dumps(content, indent=2) + "\n"
+            (inside / f"{name}.json").write_text(text)
+        ModelExportUtils.archive(new, model_name, inside, manifest)
+        archive = Path(new, f"{model_name}.mar")
         return archive.replace(out / archive.name)
 
 
@@ -234,32 +215,22 @@ def write_model_store(mar_path: str | Path, out_dir: str | Path) -> Path:
     Prometheus reads the metrics from outside) and settings that are safe anywhere.
 
     Args:
-        mar_path: written by `write_mar`; its name and version are read from inside.
+        mar_path: written by `write_mar`; its name is the model's.
         out_dir: gets the two folders; files of the same names are replaced. Returned.
 
     Raises:
         FileNotFoundError, ValueError: `mar_path` is no model archive.
     """
     mar, out = Path(mar_path), Path(out_dir)
-    manifest = _manifest(mar)
-    name, version = manifest["modelName"], manifest["modelVersion"]
-    text = (_SERVER / "config" / "config.properties").read_text()
-    settings, _, line = text.partition("model_snapshot=")
-    snapshot = json.loads(line)
-    (versions,) = snapshot["models"].values()
-    (model,) = versions.values()
-    snapshot["models"] = {name: {version: {**model, "marName": mar.name}}}
-    config = f"{settings}model_snapshot={json.dumps(snapshot)}\n"
-    path = _SERVER / "model-store" / "properties.json"
-    (properties,) = json.loads(path.read_text())
-    properties |= {"model-name": name, "version": version}
-    properties |= {"serialized-file": manifest["serializedFile"]}
-    properties |= {"extra-files": ",".join((*_TABLES, *CODE))}
-    store = json.dumps([properties], indent=2) + "\n"
-    for folder in (out / "config", out / "model-store"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_file(out / "config" / "config.properties", [config.encode()])
-    write_file(out / "model-store" / "properties.json", [store.encode()])
+    try:
+        with zipfile.ZipFile(mar) as archive:
+            archive.getinfo("MAR-INF/MANIFEST.json")
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{mar} is not a model archive: {error}") from error
+    for name in ("config/config.properties", "model-store/properties.json"):
+        text = (_SERVER / name).read_text().replace(_MODEL, mar.stem)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(out / name, [text.encode()])
     target = out / "model-store" / mar.name
     if mar.resolve() != target.resolve():
         with atomic_path(target) as temporary:
@@ -267,30 +238,15 @@ def write_model_store(mar_path: str | Path, out_dir: str | Path) -> Path:
     return out
 
 
-def _manifest(mar: Path) -> dict:
-    try:
-        with zipfile.ZipFile(mar) as archive:
-            return json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no model archive at {mar}") from None
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{mar} is not a model archive: {error}") from error
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("kserve_utils.export")
     add = parser.add_argument
     add("--stripped-ckpt", required=True, help="of strip_checkpoint")
     add("--out-dir", required=True, help="gets config/, model-store/")
-    add("--model-name", default="xview-fasterrcnn")
-    add("--score-threshold", type=float, default=0.0)
+    add("--model-name", default=_MODEL)
     args = parser.parse_args()
-    mar = write_mar(
-        args.stripped_ckpt,
-        Path(args.out_dir, "model-store"),
-        args.model_name,
-        score_threshold=args.score_threshold,
-    )
+    store = Path(args.out_dir, "model-store")
+    mar = write_mar(args.stripped_ckpt, store, args.model_name)
     print(f"wrote {mar} and {write_model_store(mar, args.out_dir) / 'config'}")
 
 

@@ -29,6 +29,9 @@ from pathlib import Path
 
 import requests
 
+# Seconds for Java or the libraries, and the weights, to come up: about 10 on an idle
+# machine, a busy one may need a minute.
+READY_TIMEOUT = 180
 # Waits for the end of its input, which comes with that of the block, or of the process
 # that runs it in whatever way, kill -9 included; then ends the process group of the
 # server and removes its folder.
@@ -48,16 +51,12 @@ except ProcessLookupError:
 
 
 @contextlib.contextmanager
-def torchserve(
-    tree: str | Path, *, ready_timeout: float = 180.0, threads: int = 1
-) -> Iterator[str]:
+def torchserve(tree: str | Path, *, threads: int = 1) -> Iterator[str]:
     """Serve the models of a tree until the block ends, then end every process.
 
     Args:
         tree: folder with config/config.properties and model-store/, as
             `kserve_utils.export.write_model_store` writes it.
-        ready_timeout: seconds for Java, the worker and the weights to come up. About
-            10 on an idle machine; a busy one may need a minute.
         threads: OMP_NUM_THREADS of the worker.
 
     Yields:
@@ -94,7 +93,7 @@ def torchserve(
     def ready() -> bool:
         return all(_has_worker(f"{management}/models/{name}") for name in names)
 
-    with _running("TorchServe", command, environment, ready, ready_timeout):
+    with _running("TorchServe", command, environment, ready):
         yield url
 
 
@@ -111,14 +110,11 @@ class Address(str):
 
 
 @contextlib.contextmanager
-def predictor(
-    artefact_dir: str | Path, *, ready_timeout: float = 120.0, **flags: object
-) -> Iterator[Address]:
+def predictor(artefact_dir: str | Path, **flags: object) -> Iterator[Address]:
     """Serve an artefact until the block ends, then end the process.
 
     Args:
         artefact_dir: written by `kserve_utils.artefact.write_artefact`.
-        ready_timeout: seconds for the libraries and the weights to come up.
         flags: of `python -m kserve_utils.predictor`, such as engine="torch"; None is
             its default. It takes one thread and does not wait before it ends, unless
             `threads` and `drain_delay` say otherwise.
@@ -144,8 +140,7 @@ def predictor(
     def ready() -> bool:
         return _get(f"{url}/v2/health/ready") is not None
 
-    name = "the predictor"
-    with _running(name, command, environment, ready, ready_timeout) as server:
+    with _running("the predictor", command, environment, ready) as server:
         url.grpc, url.pid = f"127.0.0.1:{grpc}", server.pid
         yield url
 
@@ -156,7 +151,6 @@ def _running(
     command: list[str],
     environment: dict[str, str],
     ready: Callable[[], bool],
-    ready_timeout: float,
 ) -> Iterator[subprocess.Popen]:
     """Run a server until the block ends, or this process does, in whatever way.
 
@@ -184,7 +178,7 @@ def _running(
         if guard.stdin:
             stack.callback(guard.stdin.close)
         noise = re.compile("ACCESS_LOG|TS_METRICS|MODEL_METRICS|\tat ")
-        end = time.monotonic() + ready_timeout
+        end = time.monotonic() + READY_TIMEOUT
         while not ready():
             reason, text = "", log.read_text(errors="replace")
             if server.poll() is not None:
@@ -192,7 +186,7 @@ def _running(
             elif "Load model failed" in text:
                 reason = "did not load the model"
             elif time.monotonic() > end:
-                reason = f"is not ready after {ready_timeout:g} s"
+                reason = f"is not ready after {READY_TIMEOUT} s"
             if reason:
                 lines = [line for line in text.splitlines() if not noise.search(line)]
                 raise RuntimeError("\n".join([f"{name} {reason}:", *lines[-30:]]))

@@ -7,12 +7,12 @@ import base64
 import http.server
 import json
 import socket
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
+from commands import python
+from kserve import InferRequest
 from serving import NAMES, ROOT, jpeg
 
 from kserve_utils.client import RemoteError, predict_remote
@@ -73,11 +73,9 @@ ROW = {NAMES[18]: [1.5, 2, 3, 4], "score": 0.75}
 ANSWERS = {"v1": v1(ROW), "v2": v2()}
 
 
-def head_and_tail(request) -> tuple[dict, bytes]:
-    """The JSON of a V2 request and the bytes after it."""
-    _, headers, body = request
-    cut = int(headers["Inference-Header-Content-Length"])
-    return json.loads(body[:cut]), body[cut:]
+def check_arrays(found: dict) -> None:
+    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
+    assert found["labels"].dtype == np.int64
 
 
 @pytest.mark.parametrize("form", ["bytes", "path"])
@@ -93,57 +91,49 @@ def test_a_v1_request_is_base64_in_json(double, tmp_path, form):
     assert headers["Content-Type"] == "application/json"
     (instance,) = json.loads(body)["instances"]
     assert base64.b64decode(instance["data"]) == jpeg()
+    check_arrays(found)
     assert found["names"] == [NAMES[18]] and found["labels"].tolist() == [18]
     assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4]]
-    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
     with pytest.raises(ValueError, match="names classes that class_names lacks: "):
         predict_remote(url, image, class_names=["background", "car"])
 
 
 @pytest.mark.parametrize("form", ["bytes", "path"])
-def test_a_v2_request_is_a_json_head_and_the_bytes_of_the_file(double, tmp_path, form):
+def test_kserves_own_parser_reads_a_v2_request(double, tmp_path, form):
+    """The SDK is the oracle of the binary form."""
     url, seen, answers = double
     answers.append((200, {}, v2()))
     (tmp_path / "tile.jpg").write_bytes(jpeg())
     image = jpeg() if form == "bytes" else str(tmp_path / "tile.jpg")
     host = "xview-predictor-default.example.com"
-    found = predict_remote(url, image, "m", host=host, protocol="v2")
-    path, headers, _ = seen[0]
+    found = predict_remote(url, image, "m", host=host, protocol="v2", scene=True)
+    path, headers, body = seen[0]
     assert path == "/v2/models/m/infer" and headers["Host"] == host
     assert headers["Content-Type"] == "application/octet-stream"
-    head, tail = head_and_tail(seen[0])
-    size, content = len(jpeg()), {"name": "image", "datatype": "UINT8"}
-    content |= {"shape": [size], "parameters": {"binary_data_size": size}}
-    assert tail == jpeg() and head == {"inputs": [content]}
-    assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4], [5, 6, 7, 8]]
-    assert found["boxes_xyxy"].dtype == found["scores"].dtype == np.float32
-    assert found["labels"].tolist() == [18, 3] and found["labels"].dtype == np.int64
-    assert found["scores"].tolist() == [0.75, 0.5]
-    assert found["names"] == ["any name", "another"]  # no class table is needed
-
-
-def test_kserves_own_parser_reads_the_v2_request(double):
-    """The SDK is the oracle of the binary form."""
-    from kserve import InferRequest
-
-    url, seen, answers = double
-    answers.append((200, {}, v2()))
-    predict_remote(url, jpeg(), protocol="v2", scene=True)
-    _, headers, body = seen[0]
     cut = int(headers["Inference-Header-Content-Length"])
     request = InferRequest.from_bytes(body, cut, "m")
     (tensor,) = request.inputs
     assert (tensor.name, tensor.datatype) == ("image", "UINT8")
     assert tensor.as_numpy().tobytes() == jpeg()
     assert request.parameters["scene"] is True
+    check_arrays(found)
+    assert found["boxes_xyxy"].tolist() == [[1.5, 2, 3, 4], [5, 6, 7, 8]]
+    assert found["labels"].tolist() == [18, 3] and found["scores"].tolist() == [
+        0.75,
+        0.5,
+    ]
+    assert found["names"] == ["any name", "another"]  # no class table is needed
 
 
 def test_a_scene_and_a_threshold_are_parameters_of_the_request(double):
     url, seen, answers = double
     answers.append((200, {}, v2()))
     found = predict_remote(url, jpeg(), protocol="v2", scene=True, score_threshold=0.6)
-    head, _ = head_and_tail(seen[0])
-    assert head["parameters"] == {"scene": True, "score_threshold": 0.6}
+    cut = int(seen[0][1]["Inference-Header-Content-Length"])
+    assert json.loads(seen[0][2][:cut])["parameters"] == {
+        "scene": True,
+        "score_threshold": 0.6,
+    }
     assert found["names"] == ["any name"]  # dropped here if a server does not
     assert found["boxes_xyxy"].shape == (1, 4)
     answers[0] = (200, {}, '{"predictions": [[]], "scene": true}')
@@ -160,7 +150,10 @@ def test_a_scene_and_a_threshold_are_parameters_of_the_request(double):
 
 @pytest.mark.parametrize("busy", [503, 429])
 @pytest.mark.parametrize("protocol", ANSWERS)
-def test_a_busy_server_gets_the_whole_body_again(double, protocol, busy, tmp_path):
+def test_a_busy_server_gets_the_whole_body_again(
+    double, protocol, busy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     url, seen, answers = double
     (tmp_path / "tile.jpg").write_bytes(jpeg())
     answers += [(busy, {"Retry-After": "0"}, "busy"), (200, {}, ANSWERS[protocol])]
@@ -169,18 +162,19 @@ def test_a_busy_server_gets_the_whole_body_again(double, protocol, busy, tmp_pat
     assert seen[0][2] == seen[1][2]
     answers[:] = [(busy, {"Retry-After": "0"}, "no worker")]
     with pytest.raises(RemoteError, match=f"{busy}: no worker") as error:
-        predict_remote(url, jpeg(), protocol=protocol, retries=2)
-    assert len(seen) == 5 and error.value.status == busy
+        predict_remote(url, jpeg(), protocol=protocol)
+    assert len(seen) == 6 and error.value.status == busy
 
 
 def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
-    url, _, answers = double
+    url, seen, answers = double
     waits = []
-    monkeypatch.setattr("kserve_utils.client.time.sleep", waits.append)
-    answers += [(429, {"Retry-After": "7"}, ""), (503, {}, ""), (503, {}, "")]
-    answers += [(503, {"Retry-After": "3600"}, ""), (200, {}, v2())]
-    predict_remote(url, jpeg(), protocol="v2", retries=4)
-    assert waits == [7, 1, 2, 30]
+    monkeypatch.setattr("time.sleep", waits.append)
+    for hours in ("7", "3600"):
+        answers.append((429, {"Retry-After": hours}, ""))
+    answers += [(503, {}, ""), (200, {}, v2())]
+    predict_remote(url, jpeg(), protocol="v2")
+    assert waits == [7, 30, 2] and len(seen) == 4
 
 
 FAILURES = [
@@ -188,8 +182,7 @@ FAILURES = [
     ((500, {}, '{"message": "inside"}'), "answered 500: inside"),
     ((404, {}, ""), "404: Not Found .wrong model name, or the gateway .* host None"),
     ((413, {}, '{"error": "65 MiB"}'), "413: 65 MiB .the picture is larger"),
-    ((429, {}, '{"error": "full"}'), "429: full .the server has more requests"),
-    ((None, {}, ""), "broke off before the answer"),
+    ((None, {}, ""), "no answer from .* of this size.*without response"),
     ((200, {}, "<html>"), "not with boxes: '<html>'"),
     ((200, {}, "[]"), "not with boxes"),
 ]
@@ -218,7 +211,7 @@ def test_every_failure_says_what_the_server_said(double, protocol, answer, messa
     url, seen, answers = double
     answers.append(answer)
     with pytest.raises(RemoteError, match=message) as error:
-        predict_remote(url, jpeg(), protocol=protocol, retries=0)
+        predict_remote(url, jpeg(), protocol=protocol)
     assert error.value.status == answer[0] and len(seen) == 1
 
 
@@ -231,14 +224,14 @@ def test_what_cannot_be_asked_is_an_error_before_asking(tmp_path, protocol):
         predict_remote(url, jpeg(), score_threshold=40, protocol=protocol)
     with pytest.raises(FileNotFoundError, match="absent"):
         predict_remote(url, tmp_path / "absent.jpg", protocol=protocol)
-    with pytest.raises(RemoteError, match=f"no connection to {url}/{protocol}/"):
+    with pytest.raises(RemoteError, match=f"no answer from {url}/{protocol}/.*refused"):
         predict_remote(url, jpeg(), protocol=protocol)
 
 
 def test_a_server_that_says_nothing_is_an_error_after_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RemoteError, match="gave no answer in 0.2 s"):
+        with pytest.raises(RemoteError, match="no answer .*timed out.*0.2"):
             predict_remote(url, jpeg(), timeout=0.2)
 
 
@@ -255,7 +248,5 @@ except RemoteError as error:
 
 
 def test_the_client_needs_no_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("no connection to http://127.0.0.1:9"), done.stderr
+    said = python("-c", ASK, cwd=ROOT)
+    assert said.startswith("no answer from http://127.0.0.1:9")

@@ -46,8 +46,6 @@ def test_errors_of_the_server_reach_the_caller_with_their_reason(torchserved):
     assert error.value.status == 400
     with pytest.raises(RemoteError, match="404.*nope.*wrong model name"):
         predict_remote(torchserved, jpeg(), "nope")
-    with pytest.raises(ValueError, match="names classes that class_names lacks"):
-        predict_remote(torchserved, jpeg(), class_names=["background", "car"])
 
 
 @pytest.mark.slow

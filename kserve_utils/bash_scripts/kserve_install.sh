@@ -19,7 +19,7 @@ KSERVE_VERSION=v0.20.0
 
 mode=Standard
 cluster=kserve
-bin_dir=${KSERVE_BIN_DIR:-runs/bin}
+bin_dir=runs/bin
 dry_run=false
 cleanup=false
 
@@ -29,7 +29,7 @@ Usage: $0 [options]
   --knative        Knative mode: Istio and Knative Serving, scales to zero.
                    The default is Standard mode: Gateway API and Envoy Gateway.
   --cluster NAME   name of the kind cluster ($cluster)
-  --bin-dir DIR    where missing tools go ($bin_dir, or KSERVE_BIN_DIR)
+  --bin-dir DIR    where missing tools go ($bin_dir)
   --dry-run        print each command, run none
   --cleanup        delete the kind cluster and end; tools stay
   -h, --help
