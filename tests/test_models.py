@@ -6,10 +6,8 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from torch import nn
 from torchvision.models import detection
 from torchvision.models._api import WeightsEnum
-from torchvision.models.detection import backbone_utils, ssd, ssdlite
 
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.models import MODELS, build_model, model_settings, resolved_settings
@@ -225,28 +223,6 @@ def test_our_defaults_are_those_of_torchvision(name):
         builder = getattr(detection, name)
         theirs = builder(weights=None, weights_backbone=None, num_classes=4)
     assert parts(name) == dict(described(theirs))
-
-
-BACKBONES = {
-    "fasterrcnn_resnet50_fpn": lambda n: backbone_utils._resnet_fpn_extractor(
-        torchvision.models.resnet50(), n
-    ),
-    "ssd300_vgg16": lambda n: ssd._vgg_extractor(torchvision.models.vgg16(), False, n),
-    "ssdlite320_mobilenet_v3_large": lambda n: ssdlite._mobilenet_extractor(
-        torchvision.models.mobilenet_v3_large(), n, nn.BatchNorm2d
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_stages_that_learn_are_those_of_torchvision(name):
-    most = resolved_settings(name)["trainable_backbone_layers"]
-    for layers in range(most + 1):
-        model = without_storage(name, trainable_backbone_layers=layers)
-        ours = {k: p.requires_grad for k, p in model.backbone.named_parameters()}
-        with torch.device("meta"):
-            theirs = BACKBONES[name](layers).named_parameters()
-        assert ours == {k: p.requires_grad for k, p in theirs}
 
 
 @pytest.mark.parametrize(
