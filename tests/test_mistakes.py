@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from test_evaluate import pycocotools
+from test_evaluate import pycocotools, scene
 
 from e2e_utils.evaluate import coco_metrics
 from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes
@@ -81,39 +81,23 @@ def test_the_confusion_matrix_of_a_case_counted_by_hand():
     assert confusion_matrix(coco(), boxes)[0].tolist() == [0, 2, 2, 1]
 
 
-def random_case(seed: int) -> tuple[dict, list]:
-    rng = np.random.default_rng(seed)
-    truth, boxes = coco(), []
-    for n in range(1, 101):
-        image, category = int(rng.integers(1, 3)), int(rng.integers(0, 3))
-        box = [*rng.uniform(0, 150, 2), *rng.uniform(8, 30, 2)]
-        row = {"image_id": image, "category_id": category}
-        extra = {"id": n, "iscrowd": 0, "area": box[2] * box[3]}
-        truth["annotations"].append({**row, "bbox": box, **extra})
-        if rng.random() < 0.3:
-            row["category_id"] = int(rng.integers(0, 3))
-        box = [v + rng.normal(0, 2) for v in box]
-        boxes.append({**row, "bbox": box, "score": float(rng.random())})
-    return truth, boxes
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_each_detection_and_object_is_counted_once(seed):
-    truth, boxes = random_case(seed)
+    truth, boxes = scene(50, seed, images=2)
     kept = [i for i, row in enumerate(boxes) if row["score"] >= 0.3]
     kinds = mistakes(truth, boxes, 0.3)
     assert sorted(i for k in KINDS[:-1] for i in kinds[k][:, 0]) == kept
     matrix = confusion_matrix(truth, boxes, 0.3)
     objects = [row["category_id"] for row in truth["annotations"]]
-    assert matrix[1:].sum(1).tolist() == np.bincount(objects).tolist()
+    assert matrix[1:].sum(1).tolist() == np.bincount(objects, minlength=3).tolist()
     mine = [boxes[i]["category_id"] for i in kept]
-    assert matrix[:, 1:].sum(0).tolist() == np.bincount(mine).tolist()
+    assert matrix[:, 1:].sum(0).tolist() == np.bincount(mine, minlength=3).tolist()
     assert matrix[0, 0] == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_correct_equals_the_matches_of_pycocotools(seed):
-    truth, boxes = random_case(seed)
+    truth, boxes = scene(50, seed, images=2)
     images = pycocotools(truth, boxes).evalImgs
     matches = {
         (int(detection) - 1, int(annotation) - 1)

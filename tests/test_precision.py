@@ -177,18 +177,12 @@ def pretend_gpus(monkeypatch, capability, bf16):
         monkeypatch.setattr(torch.cuda, name, answer)
 
 
-@pytest.mark.parametrize(
-    ("capability", "bf16", "chosen"),
-    [
-        pytest.param((9, 0), True, "bf16", id="H100"),
-        pytest.param((7, 0), False, "fp16", id="V100"),
-        pytest.param((6, 0), False, "fp32", id="P100"),
-    ],
-)
-def test_a_gpu_computes_in_what_it_has_units_for(monkeypatch, capability, bf16, chosen):
-    pretend_gpus(monkeypatch, capability, bf16)
-    assert choose_precision("auto", "fasterrcnn_small", CUDA) == chosen
-    assert choose_precision("off", "fasterrcnn_small", CUDA) == "fp32"
+def test_a_gpu_computes_in_what_it_has_units_for(monkeypatch):
+    h100, v100, p100 = ((9, 0), True), ((7, 0), False), ((6, 0), False)
+    for card, chosen in ((h100, "bf16"), (v100, "fp16"), (p100, "fp32")):
+        pretend_gpus(monkeypatch, *card)
+        assert choose_precision("auto", "fasterrcnn_small", CUDA) == chosen
+        assert choose_precision("off", "fasterrcnn_small", CUDA) == "fp32"
 
 
 def test_a_gpu_is_found_by_its_name_and_rank_or_refused(monkeypatch):

@@ -126,29 +126,20 @@ def scored_box_by_box(truth: dict, detections: list, every_object: bool) -> dict
     """The rules once more: an oracle whose matching shares no code with the rest."""
     result = {}
     for category in {row["category_id"] for row in truth["annotations"]}:
-        right, objects = {}, 0
-        for image in truth["images"]:
-            here, boxes = (
-                [
-                    r
-                    for r in rows
-                    if (r["image_id"], r["category_id"]) == (image["id"], category)
-                ]
-                for rows in (truth["annotations"], detections)
-            )
-            objects += len(here) if boxes or every_object else 0
-            taken = set()
-            for row in sorted(boxes, key=lambda row: -row["score"]):
-                iou = mask.iou(
-                    [row["bbox"]], [r["bbox"] for r in here], [0] * len(here)
-                )
-                best = int(np.argmax(iou)) if here else None
-                right[row["score"]] = (
-                    bool(here) and iou[0][best] >= 0.5 and best not in taken
-                )
-                taken |= {best} if right[row["score"]] else set()
-        hits = np.array([right[score] for score in sorted(right, reverse=True)], bool)
-        result[f"class {category}"] = voc_ap(hits, objects) if objects else 0.0
+        objects, boxes = (
+            [row for row in rows if row["category_id"] == category]
+            for rows in (truth["annotations"], detections)
+        )
+        shown = {row["image_id"] for row in boxes}
+        count = sum(every_object or row["image_id"] in shown for row in objects)
+        taken, hits = {None}, []
+        for box in sorted(boxes, key=lambda row: -row["score"]):
+            here = [row for row in objects if row["image_id"] == box["image_id"]]
+            iou = mask.iou([box["bbox"]], [r["bbox"] for r in here], [0] * len(here))
+            best = here[np.argmax(iou)]["id"] if np.max(iou, initial=0) >= 0.5 else None
+            hits.append(best not in taken)
+            taken.add(best)
+        result[f"class {category}"] = voc_ap(np.array(hits, bool), count or 1)
     return result
 
 
