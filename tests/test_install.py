@@ -1,6 +1,5 @@
 """What is installed: the lock files, and what `make` does with them."""
 
-import importlib.metadata
 import itertools
 import os
 import re
@@ -12,26 +11,12 @@ from subprocess import CompletedProcess
 import pytest
 from commands import python, run
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 LOCK, REST = "requirements.lock", "requirements-without-torch.lock"
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
-ENVIRONMENTS = [
-    {
-        "python_version": python,
-        "python_full_version": f"{python}.9",
-        "sys_platform": system,
-        "platform_system": system.capitalize(),
-        "platform_machine": machine,
-        "platform_python_implementation": "CPython",
-        "implementation_name": "cpython",
-        "os_name": "posix",
-        "extra": "",
-    }
-    for python, (system, machine) in itertools.product(
-        ("3.10", "3.11", "3.12", "3.13"), PLATFORMS
-    )
-]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
 def read(file: str) -> str:
@@ -41,10 +26,6 @@ def read(file: str) -> str:
 def pin(name: str) -> str:
     """name==version as requirements.txt has it."""
     return re.search(rf"^{name}==\S+", read("requirements.txt"), re.M)[0]
-
-
-def normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def requirements(file: str, environment: dict) -> dict[str, str]:
@@ -58,27 +39,33 @@ def requirements(file: str, environment: dict) -> dict[str, str]:
         if asked.marker is None or asked.marker.evaluate(environment):
             (only,) = asked.specifier
             assert only.operator == "==" and "*" not in only.version, line
-            name = normalized(asked.name)
+            name = canonicalize_name(asked.name)
             assert name not in found, f"{name} twice in {file} for {environment}"
             found[name] = only.version
     return found
 
 
-def where(environment: dict) -> str:
-    keys = ("python_version", "sys_platform", "platform_machine")
-    return "-".join(environment[key] for key in keys)
-
-
 # ---- the lock files
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=where)
-def test_the_lock_holds_every_pin_and_never_opencv_python(environment):
+@pytest.mark.parametrize(
+    ("version", "platform"), itertools.product(PYTHONS, PLATFORMS), ids=str
+)
+def test_the_lock_holds_every_pin_and_never_opencv_python(version, platform):
+    system, machine = platform
+    environment = {
+        "python_version": version,
+        "python_full_version": f"{version}.9",
+        "sys_platform": system,
+        "platform_system": system.capitalize(),
+        "platform_machine": machine,
+    }
     pins = requirements("requirements.txt", environment)
-    locked = requirements(LOCK, environment)
+    locked, rest = (requirements(file, environment) for file in (LOCK, REST))
     assert len(pins) > 40
     assert {name: locked.get(name) for name in pins} == pins
     assert "opencv-python" not in locked and "opencv-python-headless" in locked
+    assert rest.items() <= locked.items()
 
 
 def test_the_lock_files_are_what_make_lock_wrote_with_a_hash_for_every_package():
@@ -95,33 +82,17 @@ def test_nothing_that_is_installed_from_names_an_index_or_a_path():
         assert file == container or not re.search("^-", text, re.M)  # an option of pip
 
 
-def test_the_lock_without_torch_lacks_what_torchs_cuda_build_asks_for():
-    linux = next(e for e in ENVIRONMENTS if e["python_version"] == "3.11")
-    whole, rest = requirements(LOCK, linux), requirements(REST, linux)
-    gone = whole.keys() - rest.keys()
-    assert rest.items() <= whole.items() and {"torch", "torchvision", "triton"} <= gone
-    for line in importlib.metadata.requires("torch"):  # the CPU build asks for these
-        asked = Requirement(line)
-        name = normalized(asked.name)
-        if asked.marker is None or "platform_system" not in str(asked.marker):
-            assert name in rest or "extra" in str(asked.marker), line
-        elif asked.marker.evaluate(linux):
-            assert name in gone, line
-    for name in gone - {"torch", "torchvision"}:  # nobody else asks for what is gone
+def test_the_lock_without_torch_lacks_what_torchs_cuda_build_alone_asks_for():
+    whole, rest = (
+        set(re.findall(r"^([a-z0-9-]+)==", read(file), re.M)) for file in (LOCK, REST)
+    )
+    gone = whole - rest
+    assert {"torch", "torchvision", "triton"} <= gone
+    assert {"filelock", "jinja2", "sympy"} <= rest  # the CPU build asks for these
+    for name in gone - {"torch", "torchvision"}:
         block = re.search(rf"^{name}==.*\n(?:    .*\n)+", read(LOCK), re.M)
         by = set(re.findall(r"^    #(?: via)? +([\w-]+)$", block[0], re.M)) - {"via"}
         assert by and by <= gone, f"{name} via {by}"
-
-
-def test_pip_takes_the_lock_and_finds_this_environment_made_from_it():
-    """Without an index: pip fails on a line that it cannot read, or would fetch."""
-    import torch
-
-    file = LOCK if torch.version.cuda or sys.platform == "darwin" else REST
-    command = ["-m", "pip", "install", "--dry-run", "--no-index", "--no-deps"]
-    settings = {name: None for name in os.environ if name.startswith("PIP_")}
-    settings["PIP_CONFIG_FILE"] = os.devnull
-    python(*command, "--require-hashes", "-q", "-r", file, cwd=ROOT, env=settings)
 
 
 # ---- a lock that does not fit
@@ -158,18 +129,15 @@ def edit(folder: Path, file: str, pattern: str, new: str) -> None:
 
 
 TXT = "requirements.txt"
-IDNA_HASH = r"^(idna==.*\n    --hash=sha256:)...."
 HAND = [
     (LOCK, r"^torch==\S+", "torch==2.0.0", rf"torch is 2\.0\.0, {TXT} pins 2"),
     (LOCK, r"^torch==", "torchx==", f"torch is missing, {TXT} pins 2"),
     (LOCK, r"^(certifi==)\S+", r"\g<1>2000.1.1", "certifi==2000.1.1 was put in"),
-    (LOCK, IDNA_HASH, r"\g<1>0000", "idna==.* was changed"),
-    (LOCK, "(?<=^appnope==1.0.0 ;).*'darwin'", " os_name == 'nt'", "appnope.* changed"),
     (LOCK, r"^idna==.*\n(    --hash.*\n)+", "", "idna==.* was taken out by hand"),
     (LOCK, r"^(idna==\S+) .*\n(    --hash.*\n)+", r"\1\n", "idna==.* has no hash"),
     (LOCK, r"^idna==", "idna>=", r"line \d+: .idna>="),
     (LOCK, r"^# sum (.*\n)+", "", "has no sums at its end"),
-    (REST, IDNA_HASH, r"\g<1>0000", "idna==.* was changed"),
+    (REST, r"(?<=^certifi==2)", "9", r"certifi==29\S+ was put in"),
     (REST, r"^    # via.*\n", "", f"does not follow from {LOCK}"),
     (TXT, r"^tqdm==.*\n", "", f"from another {TXT}"),
     (TXT, r"^tqdm==\S+", "tqdm", f"{TXT}: 'tqdm' is not pinned"),
@@ -231,10 +199,6 @@ def install(copy):
     return build
 
 
-def lock_was_renewed(folder: Path) -> None:
-    os.utime(folder / ".venv" / "installed", (1, 1))
-
-
 def test_make_installs_the_lock_once_and_again_when_it_was_renewed(copy, install):
     done, installs = install()
     (line,) = printed(done)
@@ -244,18 +208,15 @@ def test_make_installs_the_lock_once_and_again_when_it_was_renewed(copy, install
         "install --no-deps --no-build-isolation -e .",
     ]
     assert install()[1] == []
-    lock_was_renewed(copy)
+    os.utime(copy / ".venv" / "installed", (1, 1))  # the lock is newer
     assert install()[1] == installs
 
 
 def test_an_installation_that_failed_is_done_again(copy, install):
-    done, _ = install(uv=2)
-    assert done.returncode and not (copy / ".venv" / "installed").exists()
-
-
-def test_uv_comes_in_the_pinned_version_where_it_is_not_on_path(install):
     _, installs = install(uv=127)  # one that does not run is none
     assert installs[0].endswith(f"install {pin('uv')}")
+    done, _ = install(uv=2)
+    assert done.returncode and not (copy / ".venv" / "installed").exists()
 
 
 def test_the_cpu_build_of_torch_comes_from_the_index_that_the_user_names(copy, install):
@@ -269,7 +230,7 @@ def test_the_cpu_build_of_torch_comes_from_the_index_that_the_user_names(copy, i
         "install --no-deps --no-build-isolation -e .",
     ]
     assert install()[1] == []
-    lock_was_renewed(copy)
+    os.utime(copy / ".venv" / "installed", (1, 1))  # the lock is newer
     done, installs = install()
     (line,) = printed(done)
     assert "TORCH=cpu needs TORCH_INDEX" in line and installs == []

@@ -15,14 +15,9 @@ from e2e_utils.visualize import (
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
 
 
-def test_every_class_has_a_colour_of_its_own():
-    colors = [class_color(label) for label in range(1, 61)]
-    assert len(set(colors)) == 60
-    assert all(0 <= v <= 255 for color in colors for v in color)
-
-
-@pytest.mark.parametrize("scale", [1, 3])
-def test_a_box_is_drawn_at_its_position_in_the_colour_of_its_class(scale):
+def test_a_box_is_drawn_at_its_position_in_the_colour_of_its_class():
+    scale = 3
+    assert len({class_color(label) for label in range(1, 61)}) == 60
     image = np.zeros((50, 80, 3), np.uint8)
     drawn = draw_boxes(image, np.array([[10, 5, 30, 25]]), [7], NAMES, scale=scale)
     assert image.max() == 0, "the picture given stays as it is"
@@ -30,12 +25,8 @@ def test_a_box_is_drawn_at_its_position_in_the_colour_of_its_class(scale):
     assert drawn[5 * scale, 20 * scale].tolist() == list(class_color(7))
     assert drawn[15 * scale, 20 * scale].max() == 0
     assert drawn[40 * scale, 70 * scale].max() == 0
-
-
-def test_captions_stay_inside_the_picture():
-    image = np.zeros((60, 60, 3), np.uint8)
-    drawn = draw_boxes(image, [[50, 0, 59, 9]], [7], NAMES, [0.5], captions=True)
-    assert drawn.shape == image.shape and drawn[:14, :30].max() > 0
+    caption = draw_boxes(image, [[70, 0, 79, 9]], [7], NAMES, [0.5], captions=True)
+    assert caption.shape == image.shape and caption[:14, :50].max() > 0
 
 
 def test_the_figures_are_made():

@@ -29,35 +29,24 @@ def code(content):
     return [c for c in content.cells if c.cell_type == "code" and c.source.strip()]
 
 
-def outputs(content):
-    return [output for cell in code(content) for output in cell.outputs]
-
-
 def printed(content) -> str:
     """All text of the outputs."""
     parts = []
-    for output in outputs(content):
+    for output in (output for cell in code(content) for output in cell.outputs):
+        assert output.output_type != "error"
         parts.append(str(output.get("text", "")))
         data = output.get("data", {})
         parts += [str(v) for k, v in data.items() if k.startswith("text/")]
     return "\n".join(parts)
 
 
-def test_it_was_executed_from_top_to_bottom_without_an_error(content):
+def test_it_was_executed_from_top_to_bottom_without_an_error_or_a_warning(content):
     counts = [c.execution_count for c in code(content)]
     assert counts == list(range(1, len(counts) + 1))
-    assert not [output for output in outputs(content) if output.output_type == "error"]
-
-
-def test_its_outputs_hold_no_warning_and_no_path_of_a_machine(content):
     text = printed(content)
     assert "Warning" not in text and "Traceback" not in text
     path = re.search(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|usr|opt)/\S*", text)
     assert path is None, path
-
-
-def test_it_is_small_enough_to_read_on_the_web(path):
-    assert path.stat().st_size < 1.5 * 2**20
 
 
 def test_it_has_one_parameters_cell_with_a_comment_on_every_value(content):
@@ -67,7 +56,8 @@ def test_it_has_one_parameters_cell_with_a_comment_on_every_value(content):
     assert values and all("  # " in line for line in values)
 
 
-def test_its_cells_are_short_and_hide_no_failure(content):
+def test_its_cells_are_short_and_hide_no_failure(path, content):
+    assert path.stat().st_size < 1.5 * 2**20  # small enough to read on the web
     for cell in code(content):
         lines = cell.source.splitlines()
         assert len(lines) <= 18, cell.source
