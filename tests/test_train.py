@@ -419,7 +419,6 @@ def test_two_processes_are_one_run(tiles, tmp_path):
     expected = [[2 * step, 2 * step] for step in (1, 2, 3, 4)]
     assert saves == {0: expected, 1: expected}
 
-    assert len(list(data.glob("*.u8"))) == 2  # of decoded tiles, one of each split
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["scheduler"]["base_lrs"] == [2e-3, 2e-3]  # scaled on request
     assert state["config"]["lr"] == 1e-3
