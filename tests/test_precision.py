@@ -246,6 +246,10 @@ def test_a_cpu_has_bf16_by_its_flags(monkeypatch, tmp_path, flags, has):
     assert native_precisions(CPU) == ("fp32", *["bf16"] * has)
 
 
+def test_another_device_computes_in_float32():
+    assert native_precisions(torch.device("mps")) == ("fp32",)
+
+
 def short_run(tiles, folder, **changes):
     return TrainConfig(
         str(tiles),

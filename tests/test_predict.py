@@ -164,6 +164,12 @@ def test_a_file_gives_the_boxes_of_its_pixels(tmp_path, kind):
         np.testing.assert_array_equal(found[key], wanted[key])
 
 
+def test_a_file_that_is_no_scene_is_named(tmp_path):
+    (tmp_path / "notes.tif").write_text("no picture")
+    with pytest.raises(ValueError, match="notes.tif"):
+        predict_scene(BrightSquares(), tmp_path / "notes.tif")
+
+
 PEAK = """
 import sys
 from pathlib import Path

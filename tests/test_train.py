@@ -274,6 +274,17 @@ def test_the_average_of_weights_is_followed_and_evaluated(tiles, tmp_path):
     assert torch.equal(plain[key], seen[-1][0][key])
 
 
+def test_a_rare_class_lengthens_an_epoch(tiles, tmp_path):
+    data = shutil.copytree(tiles, tmp_path / "data")
+    coco = json.loads((data / "train_300_02.json").read_text())
+    coco["annotations"][0]["category_id"] = 2  # a class that one tile of 12 has
+    (data / "train_300_02.json").write_text(json.dumps(coco))
+    given = {"steps": None, "epochs": 1, "eval_steps": 100, "repeat_threshold": 1.0}
+    fit(config(data, tmp_path / "run", **given), progress=False)
+    whole = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert whole["step"] > 6 and whole["epoch"] == 1  # six without repeats
+
+
 @pytest.mark.slow
 def test_a_compiled_backbone_trains_alike_and_keeps_its_names(
     tiles, tmp_path, monkeypatch
