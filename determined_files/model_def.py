@@ -58,7 +58,7 @@ class CocoReducer(pytorch.MetricReducer):
 
 
 class _Epochs:
-    """A loader over the whole run that tells Determined the length of one epoch."""
+    """A loader over the whole run whose length, for Determined, is one epoch."""
 
     def __init__(self, loader: Any, batches: int) -> None:
         self.loader, self.batches = loader, batches

@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # imports take long on few cores
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2: a report waits for the next one
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to come, else a warning
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output speaks even where it is told not to
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output speaks also where it should not
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else it ends a search as if it were done
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the records
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a save between validations has no mAP

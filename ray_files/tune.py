@@ -4,7 +4,7 @@
     python ray_files/tune.py --config determined_files/const-distributed-search.yaml \\
         --output-dir s3://BUCKET/searches data_dir=s3://BUCKET/tiles
 
-translate.py tells how the YAML is read.
+translate.py says how the YAML is read.
 
 Copy: this folder, determined_files and e2e_utils.
 """

@@ -319,7 +319,7 @@ class MasterDouble:
             self.changed.notify_all()
 
     def wait_for(self, condition, timeout: float = 400) -> None:
-        """Wait until `condition()`, looked at whenever a trial tells something."""
+        """Wait until `condition()`, looked at whenever a trial reports something."""
         with self.changed:
             if not self.changed.wait_for(condition, timeout):
                 logs = [trial.log() for trial in self.trials.values()]

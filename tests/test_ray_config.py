@@ -138,8 +138,8 @@ def test_rungs_are_those_of_the_master(searcher, rungs):
     found = experiment("adaptive", {"validation_batches": 5}, **searcher)
     plan = translate(found)
     scheduler = ASHAScheduler(metric="mAP", mode="max", **plan.asha)
-    told = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
-    assert told == pytest.approx(rungs)
+    milestones = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
+    assert milestones == pytest.approx(rungs)
 
 
 @pytest.mark.parametrize(
