@@ -3,14 +3,11 @@
 Copy: this file, backbones.py and autocast.py. (They need torch and torchvision only
 and run on Python 3.9 with torchvision 0.16 too: they travel inside the archive.)
 
-`build_model` makes every architecture of the notebooks. Settings such as
-`rpn_nms_thresh` are constructor arguments in torchvision; set on a model after it
-was built they change nothing, so here they go through the constructor, and an
-unknown one is an error. `resolved_settings` tells all of them with their values: it
-is what a checkpoint keeps, so that a default that changes later changes no model.
-
-A name is an entry of `_ARCHITECTURES`: a constructor of a detector, torchvision's or
-another, with its backbone, which is torchvision's or one of backbones.py.
+`build_model` makes each entry of `_ARCHITECTURES`: a detector class, torchvision's or
+another, with a backbone. A setting such as `rpn_nms_thresh`, set after a model was
+built, changes nothing; here all go through the constructor, and an unknown one is an
+error. `resolved_settings` has their values for a checkpoint, so that a default that
+changes later changes no model.
 """
 
 from __future__ import annotations
@@ -35,11 +32,9 @@ from .backbones import features_fpn, resnet_fpn
 
 
 class _Architecture(NamedTuple):
-    """What a name stands for, and its settings.
+    """What a name stands for; its settings are the plain arguments of the first two.
 
-    The settings are the plain arguments of `detector` and of `backbone`, and those in
-    `defaults`. Their defaults are those of the two, then `defaults`, then `pretrained`
-    where weights are loaded, then `coco` where they are COCO's, of the whole detector.
+    `defaults` replace theirs, `pretrained` where weights are loaded, `coco` if COCO's.
     """
 
     detector: type[nn.Module]

@@ -162,12 +162,12 @@ class Run:
         """Of autocast."""
         return PRECISIONS[self.precision]
 
-    def loader(self, last: int | None = None) -> DataLoader:
-        """The batches of this process from its step on, to the end or step `last`."""
+    def loader(self) -> DataLoader:
+        """The batches of this process, from its step on to the end."""
         return train_loader(
             self.train_set,
             self.config.batch_size,
-            last or self.steps,
+            self.steps,
             start=self.step,
             seed=self.config.seed,
             workers=self.config.workers,
