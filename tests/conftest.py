@@ -91,3 +91,16 @@ def tiles(tmp_path_factory):
     write_tiles(root, "train", 12, seed=1)
     write_tiles(root, "val", 5, seed=2)
     return root
+
+
+@pytest.fixture(scope="module")
+def moto():
+    """The address of a stand-in for S3 on this machine."""
+    from moto.server import (
+        ThreadedMotoServer,  # for few tests
+    )
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()

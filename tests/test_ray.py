@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import python
 from serving import ROOT
-from test_storage import client, start_moto
+from test_storage import client
 
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
@@ -153,16 +153,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_like_the_undisturbed(
 
 
 @pytest.fixture
-def bucket():
+def bucket(moto):
     """URL of an empty bucket of moto's S3 server on this machine."""
-    server, endpoint = start_moto()
-    try:
-        client(endpoint).create_bucket(Bucket="runs")
-        address = endpoint.removeprefix("http://")
-        yield f"s3://key:secret@runs/ray?endpoint_override={address}&scheme=http"
-    finally:
-        server.kill()
-        server.wait()
+    client(moto).create_bucket(Bucket="runs")
+    address = moto.removeprefix("http://")
+    return f"s3://key:secret@runs/ray?endpoint_override={address}&scheme=http"
 
 
 def test_one_worker_computes_what_the_plain_loop_computes_into_a_bucket(

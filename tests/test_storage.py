@@ -17,7 +17,6 @@ from pathlib import Path
 import boto3
 import obstore
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from e2e_utils.storage import INDEX, StorageError, open_store, sync, upload
@@ -28,14 +27,6 @@ pytestmark = pytest.mark.slow
 def client(endpoint):
     keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
-
-
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture
