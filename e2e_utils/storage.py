@@ -178,10 +178,13 @@ def sync(url: Url, local_dir: str | Path) -> TransferReport:
 
     def get(name: str) -> None:
         with _named(f"{url}: download of {name}"):
-            if name in tars:
-                _unpack(obstore.open_reader(store, name), folder, tars[name])
-            else:
-                _write(folder / name, obstore.get(store, name).stream(), there[name])
+            chunks = obstore.get(store, name).stream()
+            if name not in tars:
+                return _write(folder / name, chunks, there[name])
+            with tempfile.TemporaryFile() as tar:
+                tar.writelines(chunks)
+                tar.seek(0)
+                _unpack(tar, folder, tars[name])
 
     current = {n for n, inside in objects.items() if inside.items() <= files.items()}
     return _in_threads("sync", get, objects, current)
@@ -224,7 +227,7 @@ def _pack(folder: Path, files: Stamps, target: IO[bytes]) -> None:
     target.seek(0)
 
 
-def _unpack(source: Any, folder: Path, files: Stamps) -> None:
+def _unpack(source: IO[bytes], folder: Path, files: Stamps) -> None:
     with tarfile.open(fileobj=source, mode="r|") as tar:
         for member, (name, stamp) in zip(tar, files.items(), strict=True):
             outside = re.search(r"^/|(^|/)\.\.(/|$)", name)
