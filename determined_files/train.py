@@ -36,6 +36,8 @@ else:  # on a cluster, and as a script, this folder is the root
 
 
 class _PlainUnpickler(pickle.Unpickler):
+    """Numbers, strings and their containers; nothing that can run code."""
+
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 

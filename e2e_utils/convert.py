@@ -76,11 +76,12 @@ def tif_to_rgb(
     """Write every TIFF scene of a folder as an RGB PNG of the same name.
 
     Tiling reads TIFFs itself, so this step is for tools that cannot. A PNG that is
-    there, whole, of its scene's size and not older than the scene is left alone.
+    there, whole, of its scene's size and not older than the scene is left alone, unless
+    a percentile is given: then all are written.
 
     Args:
         input_dir: folder of .tif files, 3 or 4 bands; a fourth band is left out.
-        out_dir: made if it is not there; choose another for another percentile.
+        out_dir: made if it is not there.
         percentile: scale scenes that are not 8 bit, each band from its percentiles p
             and 100 - p to 0..255; 0 <= p < 50, 2 is usual. Left out, such scenes fail,
             because cutting 16 bits to 8 without a choice gives a dark or a white scene.
@@ -105,7 +106,8 @@ def tif_to_rgb(
     def convert(tif: Path) -> bool:
         png = out / f"{tif.stem}.png"
         try:
-            if _is_copy(png, tif):
+            # of a PNG nobody knows by which percentile it was scaled
+            if percentile is None and _is_copy(png, tif):
                 return False
             pixels = read_rgb(tif, percentile)
         except ValueError as error:

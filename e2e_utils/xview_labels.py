@@ -4,6 +4,7 @@ Copy: this file.
 """
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from mmap import ACCESS_READ, mmap
@@ -133,8 +134,12 @@ def split_scenes(
         random.Random(seed).shuffle(order)
         cut = int(len(order) * rate)
         return {"train": order[:cut], "val": order[cut:]}
-    cat_ids = dict(zip(labels.scene.tolist(), labels.cat_ids, strict=True))
-    groups = [str(cat_ids[i]) for i in labelled]
+    cat_ids: dict[int, Counter[str]] = {i: Counter() for i in labelled}
+    columns = labels.scene.tolist(), labels.cat_ids, labels.empty.tolist()
+    for i, cat_id, empty in zip(*columns, strict=True):
+        if i >= 0 and not empty:
+            cat_ids[i][str(cat_id)] += 1
+    groups = [counter.most_common(1)[0][0] for counter in cat_ids.values()]
     counts = np.zeros((len(labelled), labels.category.max(initial=0) + 1), np.int64)
     position = np.searchsorted(labelled, labels.scene[kept])
     np.add.at(counts, (position, labels.category[kept]), 1)

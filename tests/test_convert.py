@@ -200,8 +200,13 @@ def test_grouped_split_keeps_passes_together_and_balances_classes(tmp_path):
         for _ in range(rng.randint(1, 30)):
             type_id = rng.choices([18, 73, 11], [8, 4, 1])[0]
             features.append(feature(f"{number}.tif", "1,2,3,4", type_id, of_pass))
-    report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
     of_pass = {f["properties"]["image_id"]: f["properties"]["cat_id"] for f in features}
+    # a label of another pass, or without bounds, does not make the scene one of it
+    often = [name for name in of_pass if str(features).count(f"'{name}'") > 2]
+    assert len(often) > 40
+    features += [feature(name, "1,2,3,4", 18, "a stray") for name in often]
+    features += [feature(name, "", 18, "another") for name in of_pass]
+    report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
     passes = [
         {of_pass[i["file_name"]] for i in part["images"]} for part in (train, val)
     ]
@@ -324,6 +329,8 @@ def test_16_bit_is_scaled_by_an_explicit_percentile(scenes, tmp_path):
     assert abs(int((scaled[..., 0] == 0).sum()) - 40) <= 12
     assert np.abs(scaled[..., 0].astype(int) - scaled[..., 1]).max() <= 1
     assert not scaled[..., 2].any()
+    tif_to_rgb(scenes, out, percentile=20)  # written anew, since it is another picture
+    assert (png(out / "4.png")[..., 0] == 0).sum() > 300
     stored = tifffile.imread(scenes / "1.tif")
     assert np.array_equal(png(out / "1.png"), stored)
     with pytest.raises(ValueError, match="percentile is 50"):
