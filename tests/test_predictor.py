@@ -632,7 +632,8 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
     assert len(wanted) > 8 and names[0] <= names[1]
 
 
-CORE = ("autocast", "backbones", "boxes", "checkpoint", "config", "files", "grid")
+CORE = ("autocast", "backbones", "boxes", "checkpoint", "config")
+CORE += ("efficientnet_lite", "files", "grid")
 CORE += ("hardware", "models", "predict", "scenes")
 
 
