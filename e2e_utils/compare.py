@@ -44,9 +44,18 @@ def draw_matches(
 
     Returns:
         uint8 RGB, and the labels of what was drawn as {"right", "false", "missed"}.
+
+    Raises:
+        ValueError: the window does not lie in the picture.
     """
-    x1, y1, x2, y2 = window or (0, 0, image.shape[1], image.shape[0])
-    labelled = box_array(truth).clip(0, [image.shape[1], image.shape[0]] * 2)
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = window or (0, 0, width, height)
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise ValueError(
+            f"window {window} does not lie in a picture of {width} x {height} pixels; "
+            "give x1, y1, x2, y2"
+        )
+    labelled = box_array(truth).clip(0, [width, height] * 2)
     seen = (labelled[:, 2:] > labelled[:, :2]).all(axis=1)
     truth = {"boxes": labelled[seen], "labels": np.asarray(truth["labels"])[seen]}
     kinds = right_false_missed(truth, found, score_threshold, iou_threshold)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
@@ -158,6 +159,42 @@ def show(
             frameon=False,
         )
     return figure
+
+
+def show_boxes(
+    images: np.ndarray | Sequence[np.ndarray],
+    found: Any,
+    class_names: Sequence[str],
+    titles: Sequence[str] | None = None,
+    *,
+    score_threshold: float = 0.0,
+    scale: float = 1.0,
+    columns: int | None = None,
+    width: float = 9.0,
+) -> Figure:
+    """Pictures with their boxes in the colours of the classes, and a legend.
+
+    Args:
+        images: one or more uint8 (H, W, 3) pictures, RGB.
+        found: of each picture "boxes_xyxy" or "boxes" (N, 4) in its pixels, "labels"
+            (N,), perhaps "scores" (N,): detections, or a target of `CocoTiles`.
+        class_names: name of each label, the background first.
+        score_threshold: boxes with a score below are left out, 0..1.
+        titles, columns, width: see `show`.
+        scale: see `draw_boxes`.
+    """
+    if isinstance(images, np.ndarray):
+        images, found = [images], [found]
+    pictures, shown = [], []
+    for image, row in zip(images, found, strict=True):
+        labels = np.asarray(row["labels"])
+        keep = np.asarray(row.get("scores", np.ones(len(labels)))) >= score_threshold
+        boxes = np.asarray(row["boxes_xyxy"] if "boxes_xyxy" in row else row["boxes"])
+        kept = labels[keep].tolist()
+        pictures.append(draw_boxes(image, boxes[keep], kept, class_names, scale=scale))
+        shown += kept
+    present = {class_names[label]: class_color(label) for label in sorted(set(shown))}
+    return show(pictures, titles, columns=columns, width=width, legend=present)
 
 
 def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:

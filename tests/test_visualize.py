@@ -12,6 +12,7 @@ from e2e_utils.visualize import (
     draw_boxes,
     learning_curve,
     show,
+    show_boxes,
 )
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
@@ -87,6 +88,13 @@ def test_right_false_and_missed_are_told_apart_and_counted():
         assert canvas[y, x].tolist() == list(COLORS[kind]), kind
     _, labels = draw_matches(image, TRUTH, FOUND, window=(30, 0, 70, 28), scale=4)
     assert labels == {"right": [], "false": [], "missed": [1]}, "of the window alone"
+    with pytest.raises(
+        ValueError, match=r"window \(30, 0, 101, 28\) .* 100 x 60 pixels"
+    ):
+        draw_matches(image, TRUTH, FOUND, window=(30, 0, 101, 28))
+    nothing = {"boxes": [], "labels": [], "scores": []}
+    for pair, kind in (((TRUTH, nothing), "missed"), ((nothing, FOUND), "false")):
+        assert [k for k, v in draw_matches(image, *pair)[1].items() if v] == [kind]
     options = {"score_threshold": 0.75, "titles": ["a", "b"]}
     figure, counts = show_matches([image] * 2, [TRUTH] * 2, [FOUND] * 2, **options)
     assert counts == {"right": 0, "false": 2, "missed": 6}
@@ -95,3 +103,14 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["found right", "false (class 3 1)", "missed (class 1 1)"]
+
+
+def test_boxes_from_a_threshold_up_are_shown_with_their_classes_in_the_legend():
+    image = np.zeros((60, 100, 3), np.uint8)
+    figure = show_boxes([image] * 2, [TRUTH, FOUND], NAMES, score_threshold=0.75)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["class 1", "class 2", "class 3"]
+    of_truth, of_found = (axis.images[0].get_array() for axis in figure.axes)
+    assert of_truth[5, 50].tolist() == list(class_color(1)), "all that has no score"
+    assert of_found[30, 50].tolist() == list(class_color(3))
+    assert of_found[5, 15].max() == 0, "below the threshold"
