@@ -1,6 +1,6 @@
 """Pictures: boxes on tiles and scenes, curves, bars, a confusion matrix.
 
-Copy: this file.
+Copy: this file, georeference.py and files.py.
 
 One style throughout: a class keeps its colour in every picture, and a legend names
 the classes instead of captions on boxes that are smaller than a letter.
@@ -16,6 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.transforms import Affine2D
+
+from .georeference import Georeference
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -137,6 +140,39 @@ def show(
             fontsize=9,
             frameon=False,
         )
+    return figure
+
+
+def on_map(
+    image: np.ndarray, place: Georeference, scale: float = 1.0, width: float = 8.0
+) -> Figure:
+    """A scene with the coordinates of its CRS on the axes.
+
+    Args:
+        image: uint8 (H, W, 3), RGB, such as `draw_boxes` gives.
+        place: of `georeference.read_georeference`.
+        scale: of `draw_boxes`, pixels of `image` for one of the scene.
+        width: of the figure in inches.
+    """
+    a, b, c, d, e, f = place.transform[:6]
+    matrix = np.array([[a / scale, b / scale, c], [d / scale, e / scale, f], [0, 0, 1]])
+    rows, columns = image.shape[:2]
+    corners = [[0, columns, columns, 0], [0, 0, rows, rows], [1] * 4]
+    x, y, _ = matrix @ np.array(corners)
+    degrees = place.crs.is_geographic
+    # a degree of longitude is shorter than one of latitude
+    aspect = 1 / np.cos(np.radians(y.mean())) if degrees else 1.0
+    figure, (axis,) = _axes(width, width * aspect * np.ptp(y) / np.ptp(x))
+    drawn = axis.imshow(
+        image, extent=(0, columns, rows, 0), interpolation="antialiased"
+    )
+    drawn.set_transform(Affine2D(matrix) + axis.transData)
+    axis.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()), aspect=aspect)
+    names = ("longitude", "latitude") if degrees else ("easting", "northing")
+    unit = f"{place.crs.linear_units}, {place.crs}" if not degrees else "degrees"
+    axis.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
+    axis.ticklabel_format(useOffset=False, style="plain")
+    axis.tick_params(axis="x", rotation=20)
     return figure
 
 

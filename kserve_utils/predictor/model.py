@@ -22,10 +22,18 @@ from PIL import Image
 from prometheus_client import Counter
 from torch import nn
 
-from e2e_utils.predict import predict_image, predict_scene, to_geojson
+from e2e_utils.georeference import to_geojson
+from e2e_utils.predict import predict_image, predict_scene
 
 from .admission import Admission, Limits
-from .pictures import check_picture, check_scene, check_sides, decode, scene_error
+from .pictures import (
+    check_picture,
+    check_scene,
+    check_sides,
+    decode,
+    place_of,
+    scene_error,
+)
 from .protocol import OUTPUTS, Job, answer
 from .refusal import Refusal, bad
 
@@ -167,12 +175,15 @@ class DetectorModel(Model):
             if job.scene:
                 found = self._detect_scene(detector, picture, threshold)
             else:
+                place, where = None, job.where(index)
                 if isinstance(picture, bytes):
-                    most = self.meta["max_pixels"]
-                    picture = decode(picture, most, job.where(index))
+                    content = picture
+                    picture = decode(content, self.meta["max_pixels"], where)
+                    place = place_of(content, where) if job.geojson else None
                 found = predict_image(detector, picture, threshold, names)
+                found["georeference"] = place
             if job.geojson:
-                found["geojson"] = to_geojson(found, names)
+                found["geojson"] = to_geojson(found)
             job.found.append(found)
             PICTURES.labels(job.kind).inc()
         return job

@@ -14,6 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from e2e_utils.georeference import Georeference, read_georeference
 from e2e_utils.scenes import TIFF_MAGIC, read_bands
 
 from .refusal import bad
@@ -59,6 +60,14 @@ def decode(content: bytes, max_pixels: int, where: str) -> np.ndarray:
         return np.array(picture.convert("RGB"))
     except _UNREADABLE as error:
         raise bad(f"{where}: the picture is damaged or cut short: {error}") from error
+
+
+def place_of(content: bytes, where: str) -> Georeference | None:
+    """Where a picture file lies on Earth, if it says; raises a Refusal, 400."""
+    try:
+        return read_georeference(content)
+    except ValueError as error:
+        raise bad(f"{where}: {error}") from error
 
 
 def check_scene(path: Path, max_pixels: int) -> None:
