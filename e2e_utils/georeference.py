@@ -19,7 +19,7 @@ import numpy as np
 import rasterio
 from rasterio import warp
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.transform import Affine
 
 from .files import write_file
@@ -50,21 +50,24 @@ class Georeference(NamedTuple):
     crs: CRS
     transform: Affine
 
+    def xy(self, column: Any, row: Any) -> tuple[Any, Any]:
+        """x and y of places in pixels, numbers or arrays."""
+        a, b, c, d, e, f = self.transform[:6]
+        return a * column + b * row + c, d * column + e * row + f
+
 
 def read_georeference(scene: str | Path | bytes) -> Georeference | None:
     """The CRS and the transform of a picture file.
 
     Args:
-        scene: path of a TIFF, PNG or JPEG (a world file counts), or the bytes of one.
+        scene: path of a TIFF, PNG or JPEG, or the bytes of one.
 
     Returns:
-        None if the file has no CRS on Earth or no transform. Ground control points and
-        RPCs are no transform: `gdalwarp` makes one of them.
+        As `georeference_of`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no picture, or a georeference that is no place on Earth; the message
-            names the file.
+        ValueError: no picture, or see `georeference_of`; the message names the file.
     """
     name = "the picture" if isinstance(scene, bytes) else str(scene)
     source: Any = io.BytesIO(scene) if isinstance(scene, bytes) else Path(scene)
@@ -76,22 +79,44 @@ def read_georeference(scene: str | Path | bytes) -> Georeference | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(source, driver=driver) as file:
-                crs, transform = file.crs, file.transform
-                columns, rows = [0, file.width] * 2, [0, 0, file.height, file.height]
-        on_earth = crs is not None and (crs.is_geographic or crs.is_projected)
-        if not on_earth or transform.is_identity:
-            return None
-        xy = [transform * corner for corner in zip(columns, rows, strict=True)]
-        lon, lat = np.array(warp.transform(crs, WGS84, *zip(*xy, strict=True)))
-    except Exception as error:  # GDAL raises many kinds
-        reason = f"cannot be read, or its georeference: {error}"
-        raise ValueError(f"{name} {reason}") from error
+                place = file.crs, file.transform, file.height, file.width
+    except RasterioError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return georeference_of(*place, name)
+
+
+def georeference_of(
+    crs: CRS | None, transform: Affine, height: int, width: int, name: str
+) -> Georeference | None:
+    """What a file tells of its place, checked.
+
+    Args:
+        crs, transform: of a dataset of rasterio.
+        height, width: of the scene in pixels.
+        name: of the file, for the message.
+
+    Returns:
+        None without a CRS on Earth, or without a transform. Ground control points and
+        RPCs are no transform: `gdalwarp` makes one of them.
+
+    Raises:
+        ValueError: a corner of the scene is no place on Earth.
+    """
+    on_earth = crs is not None and (crs.is_geographic or crs.is_projected)
+    if not on_earth or transform.is_identity:
+        return None
+    place = Georeference(crs, transform)
+    x, y = place.xy(np.array([0, width, 0, width]), np.array([0, 0, height, height]))
+    try:
+        lon, lat = np.array(warp.transform(crs, WGS84, x, y))
+    except Exception:  # GDAL raises many kinds: outside of the projection, above all
+        lon = lat = np.array(np.inf)
     if transform.is_degenerate or not (abs(lon) <= 540).all() & (abs(lat) <= 90).all():
         raise ValueError(
             f"{name}: its transform {tuple(transform)[:6]} in {crs} is no place on "
             "Earth; write the right one with gdal_edit, or none (-unsetgt)"
         )
-    return Georeference(crs, transform)
+    return place
 
 
 def _rows(found: dict, scene: str | None) -> list[dict]:
@@ -112,9 +137,7 @@ def _geometries(found: dict, own_crs: bool = False) -> list[dict]:
     rings = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
     georeference = found.get("georeference")
     if georeference is not None:
-        a, b, c, d, e, f = georeference.transform[:6]
-        column, row = rings[..., 0], rings[..., 1]
-        rings = np.stack([a * column + b * row + c, d * column + e * row + f], axis=2)
+        rings = np.stack(georeference.xy(rings[..., 0], rings[..., 1]), axis=2)
         if georeference.crs.is_geographic and not own_crs:  # some count to 360
             rings[..., 0] -= 360 * np.round(rings[:, :1, 0] / 360)
     polygons = [{"type": "Polygon", "coordinates": [ring]} for ring in rings.tolist()]

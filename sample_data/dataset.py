@@ -162,7 +162,8 @@ def _feature(
     cat_id, transform = place(index, seed)
 
     def lonlat(x: float, y: float) -> list[float]:
-        return [round(degrees, 9) for degrees in transform * (x, y)]
+        lon = transform.c + x * transform.a
+        return [round(lon, 9), round(transform.f + y * transform.e, 9)]
 
     x1, y1, x2, y2 = box or (100, 100, 115, 107)
     ring = [(x1, y2), (x1, y1), (x2, y1), (x2, y2), (x1, y2)]
