@@ -13,6 +13,7 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from shapely.geometry import shape
 
+from e2e_utils import visualize
 from e2e_utils.evaluate import to_coco
 from e2e_utils.georeference import (
     COLUMNS,
@@ -238,3 +239,23 @@ def test_what_is_no_picture_or_no_place_on_earth_is_named(tmp_path):
             read_georeference(path)
     with pytest.raises(FileNotFoundError, match="nowhere.tif"):
         read_georeference(tmp_path / "nowhere.tif")
+
+
+# ---- the picture
+
+
+def test_a_picture_on_the_map_has_its_pixels_where_the_scene_lies():
+    image = np.zeros((40, 60, 3), np.uint8)  # twice the pixels of the scene
+    for transform, crs, unit in (
+        (TURNED, 32616, "metre, EPSG:32616"),
+        (Affine(2e-6, 0, 9, 0, -2e-6, 50), 4326, "degrees"),
+    ):
+        place = Georeference(CRS.from_epsg(crs), transform)
+        (axis,) = visualize.on_map(image, place, scale=2).axes
+        to_data = axis.images[0].get_transform() - axis.transData
+        for column, row in ((0, 0), (60, 0), (60, 40), (13, 7)):
+            xy = place.xy(column / 2, row / 2)
+            assert to_data.transform((column, row)) == pytest.approx(xy, rel=1e-12)
+            assert axis.get_xlim()[0] <= xy[0] <= axis.get_xlim()[1]
+            assert axis.get_ylim()[0] <= xy[1] <= axis.get_ylim()[1]
+        assert unit in axis.get_xlabel() and unit in axis.get_ylabel()
