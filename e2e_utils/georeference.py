@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +220,9 @@ def output_files(path: str | Path, places: dict[str, Georeference | None]) -> di
     return files
 
 
-def write_boxes(path: str | Path, scenes: dict[str, dict]) -> list[Path]:
+def write_boxes(
+    path: str | Path, scenes: dict[str, dict], category_ids: Sequence[int] | None = None
+) -> list[Path]:
     """Write the boxes of scenes to a file that appears whole or not at all.
 
     Args:
@@ -228,32 +231,35 @@ def write_boxes(path: str | Path, scenes: dict[str, dict]) -> list[Path]:
             file of its own, GeoPackage and GeoParquet in the CRS of the scene.
         scenes: {name: from `predict_scene` with `class_names`}. Without georeference
             their boxes are in pixels, and the file's CRS says so (`PIXELS`).
+        category_ids: COCO id of label 1, 2, ...; the label minus one by default, as
+            `evaluate.to_coco` has it.
 
     Returns:
         The files. GeoPackage (layer "boxes") and GeoParquet have the columns of
         `to_geojson`'s properties. COCO results are [{"image_id", "category_id",
         "bbox" (xywh, pixels), "score", "file_name"}]; image ids count the scenes from
-        1, a category id is the label minus one, as `evaluate.to_coco` has it.
+        1.
 
     Raises:
         ValueError: see `output_files`, or boxes without names.
     """
     places = {name: found.get("georeference") for name, found in scenes.items()}
     files, own_crs = output_files(path, places), "{scene}" in str(path)
-    contents = {
-        file: _content(file.suffix, {n: scenes[n] for n in names}, own_crs)
-        for file, names in files.items()
-    }
+    contents: dict[Path, bytes] = {}
+    for file, names in files.items():
+        some = {name: scenes[name] for name in names}
+        if file.suffix == ".json":
+            contents[file] = json.dumps(_coco_results(some, category_ids)).encode()
+        else:
+            contents[file] = _map(file.suffix, some, own_crs)
     for file, content in contents.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, [content])
     return list(files)
 
 
-def _content(ending: str, scenes: dict[str, dict], own_crs: bool) -> bytes:
-    """The bytes of a file of that format."""
-    if ending == ".json":
-        return json.dumps(_coco_results(scenes)).encode()
+def _map(ending: str, scenes: dict[str, dict], own_crs: bool) -> bytes:
+    """The bytes of a GeoJSON, GeoPackage or GeoParquet file."""
     if ending == ".geojson":
         parts = [to_geojson(found, name) for name, found in scenes.items()]
         features = [feature for part in parts for feature in part["features"]]
@@ -282,12 +288,16 @@ def _content(ending: str, scenes: dict[str, dict], own_crs: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _coco_results(scenes: dict[str, dict]) -> list[dict]:
+def _coco_results(
+    scenes: dict[str, dict], category_ids: Sequence[int] | None
+) -> list[dict]:
     results = []
     for image_id, (name, found) in enumerate(scenes.items(), 1):
         for row in _rows(found, name):
             x1, y1, x2, y2 = (row[side] for side in ("x1", "y1", "x2", "y2"))
-            result = {"image_id": image_id, "category_id": row["class_id"] - 1}
+            index = row["class_id"] - 1
+            category_id = index if category_ids is None else category_ids[index]
+            result: dict = {"image_id": image_id, "category_id": category_id}
             result["bbox"] = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
             results.append({**result, "score": row["score"], "file_name": name})
     return results

@@ -135,8 +135,7 @@ def predict_scene(
         makes files of it, `evaluate.to_coco(image_id, found)` COCO results.
 
     Raises:
-        ValueError: `image` is not 8 bit RGB, or its georeference is no place on Earth;
-            the message names the file.
+        ValueError: not 8 bit RGB, or no place on Earth; the message names the file.
         FileNotFoundError: no such file.
     """
     device = next(model.parameters()).device
@@ -290,13 +289,16 @@ def predict_files(
     options: dict = {"batch_size": batch_size, "score_threshold": score_threshold}
     options |= {"class_names": meta["class_names"], "progress": True}
     done = Predictions({})
-    for name, path in tqdm(paths.items(), "scenes", disable=len(paths) == 1):
+    for name, path in tqdm(
+        paths.items(), "scenes", unit="scene", disable=len(paths) < 2
+    ):
         try:
             done.found[name] = predict_scene(model, path, size, overlap, **options)
         except (OSError, ValueError) as error:
             done.failed[name] = str(error)
     if done.found:
-        done.files = write_boxes(output, done.found)
+        ids = meta.get("category_ids")
+        done.files = write_boxes(output, done.found, ids)
     if done.failed:
         raise FailedScenes(done)
     return done

@@ -153,12 +153,14 @@ def test_nothing_found_is_a_file_with_all_columns_and_no_row(tmp_path, ending):
         ]
 
 
-def test_coco_results_are_those_of_evaluate_with_the_scenes_names(tmp_path):
+@pytest.mark.parametrize("ids", [None, [10, 20, 30]])
+def test_coco_results_are_those_of_evaluate_with_the_scenes_names(tmp_path, ids):
     scenes = {"a/5.tif": placed(), "b/5.png": FOUND}  # pixels, so they may be mixed
-    (path,) = write_boxes(tmp_path / "boxes.json", scenes)
+    (path,) = write_boxes(tmp_path / "boxes.json", scenes, ids)
     rows = json.loads(path.read_text())
     assert [row.pop("file_name") for row in rows] == ["a/5.tif"] * 2 + ["b/5.png"] * 2
-    for row, wanted in zip(rows, to_coco(1, FOUND) + to_coco(2, FOUND), strict=True):
+    expected = to_coco(1, FOUND, ids) + to_coco(2, FOUND, ids)
+    for row, wanted in zip(rows, expected, strict=True):
         assert row["bbox"] == pytest.approx(wanted.pop("bbox"), abs=1e-3)
         assert row["score"] == pytest.approx(wanted.pop("score"), abs=1e-6)
         assert wanted.items() <= row.items()
