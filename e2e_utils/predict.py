@@ -256,12 +256,10 @@ def predict_files(
     """Run a detector over scenes and write the boxes, on the map where it can be.
 
     Args:
-        scenes: files, folders (the pictures in them, `SCENES`) or patterns such as
-            "scenes/**/*.tif".
+        scenes: files, folders of pictures (`SCENES`) or patterns: "scenes/**/*.tif".
         checkpoint: written by `e2e_utils.train`; it tells the classes.
-        output: .geojson, .gpkg or .parquet in longitude and latitude, or .json for COCO
-            results in pixels. With {scene} in it each scene has a file, .gpkg and
-            .parquet in the scene's own CRS.
+        output: .geojson, .gpkg, .parquet (longitude, latitude) or .json (COCO results,
+            pixels). With {scene} in it a file each, .gpkg and .parquet in its own CRS.
         score_threshold: drop boxes below, 0..1; to score them take 0.05 or less.
         size: side of the tiles in pixels; the checkpoint's by default.
         overlap: of the tiles, 0..1; the checkpoint's by default.
