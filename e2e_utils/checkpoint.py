@@ -1,6 +1,7 @@
 """Checkpoints: what describes a detector, written whole, read strictly.
 
-Copy: this file, files.py, config.py, models.py, backbones.py and autocast.py.
+Copy: this file, files.py, config.py, models.py, backbones.py, efficientnet_lite.py and
+autocast.py.
 
 A checkpoint is a file of torch with a dict. `CHECKPOINT_KEYS` are in each of them, so
 that whoever reads it can build the detector without being told anything: to predict,

@@ -1,6 +1,6 @@
 """COCO average precision with caps that fit dense scenes.
 
-Copy: this file, coco.py and files.py.
+Copy: this file, truth.py, coco.py and files.py.
 
 COCO's own cap of 100 detections hides every object beyond the hundredth, and a
 satellite scene can hold thousands. The caps are an argument here. The matching runs in
@@ -25,7 +25,7 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import nn
 
-from .coco import read_coco
+from .truth import read_ground_truth
 
 AREAS = ("all", "small", "medium", "large")
 # What searchers and dashboards call a metric -> its key in `coco_metrics`
@@ -95,21 +95,6 @@ def to_coco(
         {"image_id": image_id, "category_id": c, "bbox": b, "score": s}
         for c, b, s in zip(ids, boxes.tolist(), scores, strict=True)
     ]
-
-
-def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -> dict:
-    """The content of a COCO file; ValueError if a detection's image is not in it."""
-    if isinstance(ground_truth, dict):
-        coco = ground_truth
-    else:
-        coco = read_coco(ground_truth, strict=False).to_dict()
-    known = {image["id"] for image in coco["images"]}
-    foreign = sorted({d["image_id"] for d in detections} - known)
-    if foreign:
-        raise ValueError(
-            f"detections for images not in the ground truth: {foreign[:5]}"
-        )
-    return coco
 
 
 @contextlib.contextmanager
@@ -212,15 +197,6 @@ def coco_metrics(
             AREAS[i]: by_class(precision[0, ..., i]) for i in (1, 2, 3)
         }
     return metrics
-
-
-def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image id int64 (N,), category id int64 (N,), boxes_xyxy float64 (N, 4)."""
-    image = np.array([row["image_id"] for row in rows], np.int64)
-    category = np.array([row["category_id"] for row in rows], np.int64)
-    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return image, category, boxes
 
 
 def recall_ceiling(

@@ -1,19 +1,23 @@
 """What goes wrong: a confusion matrix, and every mistake by its kind.
 
-Copy: this file, boxes.py, evaluate.py, coco.py and files.py.
+Copy: this file, boxes.py, truth.py, coco.py and files.py.
 
 A score says how good a detector is; the kinds of its mistakes say what to do about it.
-Both functions give counts and lead back to the boxes, so that they can be looked at.
+All functions agree on what is correct, which is COCO's matching: by descending score,
+each detection takes the free object of its class that it overlaps most, if their IoU
+reaches the threshold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .boxes import iou_pairs, nearest
-from .evaluate import columns, read_ground_truth
+from .truth import clip_to_images, columns, read_ground_truth, to_labels
 
 KINDS = (
     "correct",
@@ -28,19 +32,36 @@ KINDS = (
 
 def _select(
     ground_truth: str | Path | dict, detections: list[dict], score_threshold: float
-) -> tuple[dict, np.ndarray, list[dict]]:
-    """(ground truth, indices of the detections by descending score, those)."""
-    ground_truth = read_ground_truth(ground_truth, detections)
+) -> tuple[dict, np.ndarray, np.ndarray, list[dict]]:
+    """(ground truth cut to its images, which annotations that is, indices of the
+    detections by descending score, those)."""
+    ground_truth = read_ground_truth(ground_truth, detections, clip=False)
     known = {category["id"] for category in ground_truth["categories"]}
     foreign = sorted({row["category_id"] for row in detections} - known)
     if foreign:
         raise ValueError(
             f"detections of categories not in the ground truth: {foreign[:5]}"
         )
-    scores = np.array([row["score"] for row in detections])
-    order = np.argsort(-scores, kind="stable")
-    index = order[scores[order] >= score_threshold]
-    return ground_truth, index, [detections[i] for i in index]
+    index = _by_score([row["score"] for row in detections], score_threshold)
+    return *clip_to_images(ground_truth), index, [detections[i] for i in index]
+
+
+def _by_score(scores: Sequence[float] | np.ndarray, threshold: float) -> np.ndarray:
+    """Indices of the scores from the threshold up, highest first."""
+    values = np.asarray(scores)
+    order = np.argsort(-values, kind="stable")
+    return order[values[order] >= threshold]
+
+
+def _correct(
+    pairs: tuple[np.ndarray, ...],
+    found_class: np.ndarray,
+    object_class: np.ndarray,
+    iou_threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The detections that are correct and their objects, int64 (K,) each."""
+    own = found_class[pairs[0]] == object_class[pairs[1]]
+    return _greedy(*(p[own & (pairs[2] >= iou_threshold)] for p in pairs))
 
 
 def _greedy(
@@ -74,8 +95,10 @@ def confusion_matrix(
 ) -> np.ndarray:
     """Which class was taken for which.
 
-    By descending score, each detection takes the free object, of whatever class, that
-    it overlaps most, if their IoU reaches the threshold.
+    The diagonal counts what `mistakes` calls "correct". What is left of detections and
+    objects is matched again, by descending score and whatever the class, each object
+    once. So the other cells say which class an object was taken for, and do not sum to
+    the "confusion" of `mistakes`, which looks at each wrong detection by itself.
 
     Args:
         ground_truth: a COCO file or its content.
@@ -84,24 +107,27 @@ def confusion_matrix(
         iou_threshold: 0..1, more than 0.
 
     Returns:
-        int64 (C + 1, C + 1), [label of the object, label found]. Label i is the i-th
-        category of the file from 1; 0 is background: row 0 counts detections where
-        nothing is labelled, column 0 objects that nothing was found on. The row of a
-        class sums to its objects, the column to its detections.
+        int64 (C + 1, C + 1), [label of the object, label found]. Label 1 is the
+        category of the lowest id, 2 the next, as in `CocoTiles.class_names`; 0 is
+        background: row 0 counts detections where nothing is labelled, column 0 objects
+        that nothing was found on. The row of a class sums to its objects, the column to
+        its detections.
 
     Raises:
         ValueError: a detection's image or category is not in the ground truth.
     """
-    ground_truth, _, kept = _select(ground_truth, detections, score_threshold)
+    ground_truth, _, _, kept = _select(ground_truth, detections, score_threshold)
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
-    found, objects = _greedy(
-        *iou_pairs(found_boxes, found_image, boxes, image, iou_threshold)
-    )
-    label = {c["id"]: i for i, c in enumerate(ground_truth["categories"], start=1)}
-    of_object = np.array([label[i] for i in category.tolist()], np.int64)
-    of_found = np.array([label[i] for i in found_category.tolist()], np.int64)
-    matrix = np.zeros((len(label) + 1, len(label) + 1), np.int64)
+    pairs = iou_pairs(found_boxes, found_image, boxes, image, iou_threshold)
+    right, its_object = _correct(pairs, found_category, category, iou_threshold)
+    free = ~np.isin(pairs[0], right) & ~np.isin(pairs[1], its_object)
+    wrong, other = _greedy(*(p[free] for p in pairs))
+    found, objects = np.append(right, wrong), np.append(its_object, other)
+    of_object = to_labels(ground_truth, category)
+    of_found = to_labels(ground_truth, found_category)
+    size = len(ground_truth["categories"]) + 1
+    matrix = np.zeros((size, size), np.int64)
     np.add.at(matrix, (of_object[objects], of_found[found]), 1)
     matrix[0] += np.bincount(np.delete(of_found, found), minlength=len(matrix))
     matrix[:, 0] += np.bincount(np.delete(of_object, objects), minlength=len(matrix))
@@ -125,8 +151,8 @@ def mistakes(
 ) -> dict[str, np.ndarray]:
     """Every detection and every missed object by kind.
 
-    By descending score, a detection is "correct" if a free object of its class overlaps
-    it with iou_threshold or more. What is left is the first of these that holds:
+    A detection is "correct" if it is matched with an object of its class. What is left
+    is the first of these that holds:
 
         "localisation": near an object of its class, IoU from background_iou
         "confusion": on an object of another class
@@ -159,12 +185,14 @@ def mistakes(
             f"background_iou is {background_iou} and iou_threshold {iou_threshold}; "
             "give 0 < background_iou < iou_threshold <= 1"
         )
-    ground_truth, index, kept = _select(ground_truth, detections, score_threshold)
+    ground_truth, labelled, index, kept = _select(
+        ground_truth, detections, score_threshold
+    )
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
     pairs = iou_pairs(found_boxes, found_image, boxes, image, background_iou)
     own = found_category[pairs[0]] == category[pairs[1]]
-    matched, objects = _greedy(*(p[own & (pairs[2] >= iou_threshold)] for p in pairs))
+    matched, objects = _correct(pairs, found_category, category, iou_threshold)
     own_iou, own_object = _nearest(len(kept), *(p[own] for p in pairs))
     other_iou, other_object = _nearest(len(kept), *(p[~own] for p in pairs))
     own_object[matched] = objects
@@ -186,4 +214,53 @@ def mistakes(
     explained = [kinds[k][:, 1] for k in ("correct", "confusion", "localisation")]
     missed = np.setdiff1d(np.arange(len(image)), np.concatenate(explained))
     kinds["missed"] = np.stack([np.full(len(missed), -1), missed], axis=1)
+    labelled = np.append(labelled, -1)  # where -1, for none, looks up -1
+    for rows in kinds.values():
+        rows[:, 1] = labelled[rows[:, 1]]
     return kinds
+
+
+def right_false_missed(
+    truth: Mapping[str, Any],
+    found: Mapping[str, Any],
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+) -> dict[str, np.ndarray]:
+    """The boxes of one image: what is right, what is false, what was missed.
+
+    Args:
+        truth: "boxes_xyxy" or "boxes" (N, 4) in pixels, "labels" (N,), as of
+            `truth.image_truth` or a target of `CocoTiles`.
+        found: the same (M, 4) and (M,), and "scores" (M,), as of `predict_scene`.
+        score_threshold: detections below are left out, 0..1.
+        iou_threshold: 0..1, more than 0.
+
+    Returns:
+        {"right", "false", "missed": int64 (K, 2)}: the index in `found`, by descending
+        score, and that in `truth`; -1 for none. "right" is what `mistakes` calls
+        "correct", "false" are all other detections, "missed" all other objects.
+    """
+    index = _by_score(found["scores"], score_threshold)
+    found_class = np.asarray(found["labels"])[index]
+    object_class = np.asarray(truth["labels"])
+    pairs = iou_pairs(
+        box_array(found)[index],
+        found_class,
+        box_array(truth),
+        object_class,
+        iou_threshold,
+    )
+    right, objects = _correct(pairs, found_class, object_class, iou_threshold)
+    false = np.delete(index, right)
+    missed = np.delete(np.arange(len(object_class)), objects)
+    return {
+        "right": np.stack([index[right], objects], axis=1),
+        "false": np.stack([false, np.full(len(false), -1)], axis=1),
+        "missed": np.stack([np.full(len(missed), -1), missed], axis=1),
+    }
+
+
+def box_array(boxes: Mapping[str, Any]) -> np.ndarray:
+    """The boxes of a target or of detections, float64 (N, 4) x1, y1, x2, y2."""
+    given = boxes["boxes_xyxy"] if "boxes_xyxy" in boxes else boxes["boxes"]
+    return np.asarray(given, np.float64).reshape(-1, 4)

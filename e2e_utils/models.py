@@ -1,7 +1,7 @@
 """Detectors by name, their settings taken by the constructor.
 
-Copy: this file, backbones.py and autocast.py. (They need torch and torchvision only
-and run on Python 3.9 with torchvision 0.16 too: they travel inside the archive.)
+Copy: this file, backbones.py, efficientnet_lite.py and autocast.py. (They need torch
+and torchvision only and run on Python 3.9 with torchvision 0.16 too, in the archive.)
 
 `build_model` makes each entry of `_ARCHITECTURES`: a detector class, torchvision's or
 another, with a backbone. A setting such as `rpn_nms_thresh`, set after a model was
@@ -51,30 +51,36 @@ _THIRDS = [[x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))] for x in _SIDES]
 # What torchvision does to a pretrained ResNet; from scratch all of it must learn.
 _FROZEN = {"trainable_backbone_layers": 3, "backbone_norm": "frozen"}
 
+# Small objects on small tiles
+_TILES = {
+    "min_size": 300,  # a tile enters as it is: no resizing
+    "max_size": 300,
+    "anchor_sizes": [[16], [36], [80]],
+    "aspect_ratios": _RATIOS,
+    "rpn_pre_nms_top_n_train": 600,
+    "rpn_post_nms_top_n_train": 400,
+    "rpn_pre_nms_top_n_test": 500,
+    "rpn_post_nms_top_n_test": 300,
+    "box_batch_size_per_image": 128,
+    "box_detections_per_img": 300,
+}
 
-# The first is our own; the next six are torchvision's, which has COCO weights of them;
-# the others put an FPN on a backbone. The original recipe gave four of those a single
-# stride-32 map, on which a 13 px car is less than half a cell: here they get the FPN
-# too, so that both names of ResNet-152 are the same network.
+# The first two are our own; the next six are torchvision's, which has COCO weights of
+# them; the others put an FPN on a backbone. The original recipe gave four of those a
+# single stride-32 map, on which a 13 px car is less than half a cell.
 _ARCHITECTURES: dict[str, _Architecture] = {
     "fasterrcnn_small": _Architecture(
         FasterRCNN,
         backbones.small_fpn,
         backbones.small_heads,
-        {
-            "min_size": 300,  # a tile enters as it is: no resizing
-            "max_size": 300,
-            "image_mean": [0.43] * 3,
-            "image_std": [0.2] * 3,
-            "anchor_sizes": [[16], [36], [80]],
-            "aspect_ratios": _RATIOS,
-            "rpn_pre_nms_top_n_train": 600,
-            "rpn_post_nms_top_n_train": 400,
-            "rpn_pre_nms_top_n_test": 500,
-            "rpn_post_nms_top_n_test": 300,
-            "box_batch_size_per_image": 128,
-            "box_detections_per_img": 300,
-        },
+        {**_TILES, "image_mean": [0.43] * 3, "image_std": [0.2] * 3},
+    ),
+    "fasterrcnn_lite0_fpn": _Architecture(
+        FasterRCNN,
+        backbones.lite0_fpn,
+        backbones.small_heads,
+        _TILES,
+        {"backbone_norm": "folded"},
     ),
     "fasterrcnn_resnet50_fpn": _Architecture(
         FasterRCNN,
@@ -175,16 +181,15 @@ def _default_settings(
 def model_settings(name: str) -> tuple[str, ...]:
     """The settings that `build_model(name, ...)` accepts, sorted.
 
-    Plain numbers, words and lists only, so that they fit into a checkpoint, a YAML
-    file and a served artefact. Those of torchvision's constructors have its names and
-    meaning; further ones are
+    Plain numbers, words and lists, for a checkpoint, a YAML file and an artefact. Those
+    of torchvision's constructors have its names and meaning; further ones are
 
     - `anchor_sizes`: a list of sizes per feature level, such as `[[16], [32], [64]]`,
       in pixels of the resized tile, and `aspect_ratios`, height / width. Of
       COCO weights, what another number of them does not fit starts afresh.
     - `trainable_backbone_layers`: stages of the backbone that learn, from its end.
-    - `backbone_norm`: "batch" learns, "frozen" keeps the pretrained statistics; and
-      `norm_eps`, the number in its denominator.
+    - `backbone_norm`: "batch" learns, "frozen" keeps the pretrained statistics,
+      "folded" has them in the convolutions; and `norm_eps`, of its denominator.
     - `reduced_tail`: of SSDlite's backbone; ImageNet's weights fit the full one.
     """
     if name not in MODELS:
@@ -280,9 +285,7 @@ def build_model(
             (downloaded once by torch.hub), None for none.
         weights_backbone: "DEFAULT" for ImageNet weights of the backbone, None for
             random ones. Ignored where `weights` is given.
-        **settings: constructor arguments of the detector, see `model_settings`:
-            thresholds, proposals, detections per image, min_size and max_size,
-            anchor_sizes. None stands for the default.
+        **settings: those of `model_settings`; None stands for the default.
 
     Returns:
         A module in torchvision's convention: images are a list of float (3, H, W) in
@@ -293,7 +296,7 @@ def build_model(
 
     Raises:
         ValueError: an unknown name or setting; the message lists the valid ones.
-        RuntimeError: the weights could not be downloaded.
+        RuntimeError: the weights are neither here nor could they be downloaded.
     """
     values = resolved_settings(name, weights, weights_backbone, **settings)
     its = _ARCHITECTURES[name]
@@ -301,10 +304,10 @@ def build_model(
     anchors = None
     if "anchor_sizes" in values:
         anchors = _take_anchors(values, len(its.defaults["anchor_sizes"]))
-    if weights is not None:
-        weights_backbone = None  # COCO weights include the backbone
     try:
-        backbone = its.backbone(weights_backbone, **of_backbone)
+        # COCO weights include the backbone
+        of_backbone["weights"] = weights_backbone if weights is None else None
+        backbone = its.backbone(**of_backbone)
         heads = its.heads(backbone, num_classes, anchors)
         model = its.detector(backbone, **heads, **values)
         if weights is not None:

@@ -1,8 +1,8 @@
 """A picture or a whole scene in, boxes out; many scenes in, one file of boxes out.
 
 Copy: this file, boxes.py, grid.py, scenes.py, georeference.py and files.py; for the
-command line checkpoint.py, config.py, models.py, backbones.py, autocast.py and
-hardware.py as well.
+command line checkpoint.py, config.py, models.py, backbones.py, efficientnet_lite.py,
+autocast.py and hardware.py as well.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class

@@ -1,6 +1,6 @@
 """Pictures: boxes on tiles and scenes, curves, bars, a confusion matrix.
 
-Copy: this file, georeference.py and files.py.
+Copy: this file.
 
 One style throughout: a class keeps its colour in every picture, and a legend names
 the classes instead of captions on boxes that are smaller than a letter.
@@ -9,19 +9,29 @@ the classes instead of captions on boxes that are smaller than a letter.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.transforms import Affine2D
 
-from .georeference import Georeference
+Color = tuple[int, int, int]  # RGB, 0..255
+# Of what is not a class. Right, false and missed differ in lightness too, for eyes that
+# do not tell their hues apart.
+COLORS: dict[str, Color] = {
+    "right": (60, 220, 255),
+    "false": (255, 40, 40),
+    "missed": (255, 225, 0),
+    "labelled": (255, 255, 255),
+    "plain": (31, 119, 180),
+    "score": (255, 127, 14),
+}
 
 
-def class_color(label: int) -> tuple[int, int, int]:
+def class_color(label: int) -> Color:
     """The RGB colour (0..255) of a label.
 
     Hue turns with the label, and three pairs of saturation and value alternate. The
@@ -32,9 +42,9 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _rgb(label: int) -> str:
+def _hex(color: Color) -> str:
     """The same colour as matplotlib takes it."""
-    return "#{:02x}{:02x}{:02x}".format(*class_color(label))
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple:
@@ -45,6 +55,14 @@ def _axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple
         )
     plt.close(figure)  # a notebook shows the returned figure, once
     return figure, axes.flat
+
+
+def scaled(image: np.ndarray, scale: float) -> np.ndarray:
+    """A copy of a picture, enlarged (> 1) or shrunk."""
+    height, width = image.shape[:2]
+    size = (round(width * scale), round(height * scale))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
 
 
 def draw_boxes(
@@ -73,10 +91,7 @@ def draw_boxes(
     Returns:
         uint8 (round(H * scale), round(W * scale), 3), RGB.
     """
-    height, width = image.shape[:2]
-    size = (round(width * scale), round(height * scale))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    canvas = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
+    canvas = scaled(image, scale)
     for index, (box, label) in enumerate(zip(boxes_xyxy, labels, strict=True)):
         x1, y1, x2, y2 = (round(float(value) * scale) for value in box)
         color = class_color(int(label))
@@ -107,6 +122,7 @@ def show(
     width: float = 9.0,
     labels: Sequence[int] = (),
     class_names: Sequence[str] = (),
+    legend: Mapping[str, Color] | None = None,
 ) -> Figure:
     """Pictures side by side, with a legend of the classes.
 
@@ -117,13 +133,16 @@ def show(
         width: of the figure in inches.
         labels: the labels that the legend explains; repeated ones count once.
         class_names: name of each label.
+        legend: {text: its colour} instead of the classes.
     """
     images = [images] if isinstance(images, np.ndarray) else list(images)
     columns = columns or len(images)
     rows = -(-len(images) // columns)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
-    present = sorted({int(label) for label in labels})
-    extra = 0.25 * bool(titles) * rows + 0.25 * -(-len(present) // 5)
+    if legend is None:
+        present = sorted({int(label) for label in labels})
+        legend = {class_names[i]: class_color(i) for i in present}
+    extra = 0.3 * bool(titles) * rows + 0.3 * -(-len(legend) // 5)
     height = width / columns * aspect * rows + extra
     figure, axes = _axes(width, height, rows, columns)
     for index, axis in enumerate(axes):
@@ -131,49 +150,51 @@ def show(
         if index < len(images):
             axis.imshow(images[index], interpolation="antialiased")
             axis.set_title(titles[index] if titles else "", fontsize=10)
-    if present:
-        handles = [Patch(color=_rgb(i), label=class_names[i]) for i in present]
+    if legend:
         figure.legend(
-            handles=handles,
+            handles=[Patch(color=_hex(c), label=text) for text, c in legend.items()],
             loc="outside lower center",
-            ncols=min(5, len(present)),
+            ncols=min(5, len(legend)),
             fontsize=9,
             frameon=False,
         )
     return figure
 
 
-def on_map(
-    image: np.ndarray, place: Georeference, scale: float = 1.0, width: float = 8.0
+def show_boxes(
+    images: np.ndarray | Sequence[np.ndarray],
+    found: Any,
+    class_names: Sequence[str],
+    titles: Sequence[str] | None = None,
+    *,
+    score_threshold: float = 0.0,
+    scale: float = 1.0,
+    columns: int | None = None,
+    width: float = 9.0,
 ) -> Figure:
-    """A scene with the coordinates of its CRS on the axes.
+    """Pictures with their boxes in the colours of the classes, and a legend.
 
     Args:
-        image: uint8 (H, W, 3), RGB, such as `draw_boxes` gives.
-        place: of `georeference.read_georeference`.
-        scale: of `draw_boxes`, pixels of `image` for one of the scene.
-        width: of the figure in inches.
+        images: one or more uint8 (H, W, 3) pictures, RGB.
+        found: of each picture "boxes_xyxy" or "boxes" (N, 4) in its pixels, "labels"
+            (N,), perhaps "scores" (N,): detections, or a target of `CocoTiles`.
+        class_names: name of each label, the background first.
+        score_threshold: boxes with a score below are left out, 0..1.
+        titles, columns, width: see `show`.
+        scale: see `draw_boxes`.
     """
-    a, b, c, d, e, f = place.transform[:6]
-    matrix = np.array([[a / scale, b / scale, c], [d / scale, e / scale, f], [0, 0, 1]])
-    rows, columns = image.shape[:2]
-    corners = [[0, columns, columns, 0], [0, 0, rows, rows], [1] * 4]
-    x, y, _ = matrix @ np.array(corners)
-    degrees = place.crs.is_geographic
-    # a degree of longitude is shorter than one of latitude
-    aspect = 1 / np.cos(np.radians(y.mean())) if degrees else 1.0
-    figure, (axis,) = _axes(width, width * aspect * np.ptp(y) / np.ptp(x))
-    drawn = axis.imshow(
-        image, extent=(0, columns, rows, 0), interpolation="antialiased"
-    )
-    drawn.set_transform(Affine2D(matrix) + axis.transData)
-    axis.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()), aspect=aspect)
-    names = ("longitude", "latitude") if degrees else ("easting", "northing")
-    unit = f"{place.crs.linear_units}, {place.crs}" if not degrees else "degrees"
-    axis.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
-    axis.ticklabel_format(useOffset=False, style="plain")
-    axis.tick_params(axis="x", rotation=20)
-    return figure
+    if isinstance(images, np.ndarray):
+        images, found = [images], [found]
+    pictures, shown = [], []
+    for image, row in zip(images, found, strict=True):
+        labels = np.asarray(row["labels"])
+        keep = np.asarray(row.get("scores", np.ones(len(labels)))) >= score_threshold
+        boxes = np.asarray(row["boxes_xyxy"] if "boxes_xyxy" in row else row["boxes"])
+        kept = labels[keep].tolist()
+        pictures.append(draw_boxes(image, boxes[keep], kept, class_names, scale=scale))
+        shown += kept
+    present = {class_names[label]: class_color(label) for label in sorted(set(shown))}
+    return show(pictures, titles, columns=columns, width=width, legend=present)
 
 
 def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
@@ -185,11 +206,11 @@ def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
     """
     figure, (left, right) = _axes(9, 3.2, columns=2)
     for axis, key, marks, color in (
-        (left, "loss", "-", "tab:blue"),
-        (right, score, "o-", "tab:orange"),
+        (left, "loss", "-", "plain"),
+        (right, score, "o-", "score"),
     ):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), marks, color=color)
+        axis.plot(*zip(*points, strict=True), marks, color=_hex(COLORS[color]))
         axis.grid(alpha=0.3)
     left.set(xlabel="step", ylabel="loss (mean of 20 steps)", ylim=(0, None))
     right.set(xlabel="step", ylabel=f"{score}, validation tiles", ylim=(0, 1))
@@ -215,11 +236,15 @@ def bars(
     """
     order = sorted(values, key=values.__getitem__)
     colors = [
-        _rgb(list(class_names).index(name)) if name in class_names else "tab:blue"
+        class_color(list(class_names).index(name))
+        if name in class_names
+        else COLORS["plain"]
         for name in order
     ]
     figure, (axis,) = _axes(7.5, 0.7 + 0.28 * len(order))
-    drawn = axis.barh(order, [values[name] for name in order], color=colors)
+    drawn = axis.barh(
+        order, [values[name] for name in order], color=list(map(_hex, colors))
+    )
     axis.bar_label(drawn, [form.format(values[n]) for n in order], padding=3, size=9)
     axis.set(xlabel=xlabel, xscale="log" if log else "linear")
     axis.margins(x=0.12)
@@ -273,8 +298,10 @@ def close_up(
     Returns:
         uint8 (size, size, 3), RGB; black beyond the borders of the image.
     """
-    white, red = (255, 255, 255), (255, 0, 0)
-    given = ((labelled_xyxy, white, 3), (found_xyxy, red, 2))
+    given = (
+        (labelled_xyxy, COLORS["labelled"], 3),
+        (found_xyxy, COLORS["false"], 2),
+    )
     drawn = [(np.array(b, float), c, w) for b, c, w in given if b is not None]
     if not drawn:
         raise ValueError("close_up needs labelled_xyxy or found_xyxy; both are None")

@@ -1,6 +1,6 @@
 """The xView score, and three scores of one detector side by side.
 
-Copy: this file, boxes.py, evaluate.py, coco.py and files.py.
+Copy: this file, boxes.py, evaluate.py, truth.py, coco.py and files.py.
 
 The xView score is that of the challenge's own score.py, so that a result can be set
 beside published ones. The three scores show what is left of a figure on tiles when
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .boxes import iou_pairs, nearest
-from .evaluate import coco_metrics, columns, read_ground_truth
+from .evaluate import coco_metrics
+from .truth import columns, read_ground_truth
 
 # xView's type ids by size and frequency of the class, from score.py and the README of
 # https://github.com/DIUx-xView/xView1_baseline
@@ -72,8 +73,9 @@ def xview_score(
         iou_threshold: 0..1.
         every_object: False scores as the official code does, and only such figures
             compare with published ones: it forgets the objects of a class in an image
-            where nothing of that class was detected, so they do not lower the recall.
-            True counts every object.
+            where nothing of that class was detected, so they do not lower the recall,
+            and labels keep what reaches beyond the image. True counts every object, cut
+            to its image by `truth.clip_to_images`.
         image_ids: only these images; all by default.
         groups: category ids of each group of classes. By default `XVIEW_GROUPS` if the
             categories are xView's 60, ids 0..59; else none.
@@ -90,7 +92,7 @@ def xview_score(
     Source: scoring/score.py and matching.py of DIUx-xView/xView1_baseline, commit
     8efe340. Detections of equal score keep the order given, which is left open there.
     """
-    ground_truth = read_ground_truth(ground_truth, detections)
+    ground_truth = read_ground_truth(ground_truth, detections, clip=every_object)
     truth, found = ground_truth["annotations"], detections
     if image_ids is not None:
         wanted = set(image_ids)
@@ -158,8 +160,9 @@ def three_scores(
         "tiles with objects", "all tiles", "whole scenes": each the figures of
         `coco_metrics`, and "xview" and "xview_every_object", mAP of `xview_score`.
     """
-    tiles = read_ground_truth(tile_truth, tile_detections), tile_detections
-    scenes = read_ground_truth(scene_truth, scene_detections), scene_detections
+    # cut to the image, or not, by each score
+    tiles = read_ground_truth(tile_truth, tile_detections, False), tile_detections
+    scenes = read_ground_truth(scene_truth, scene_detections, False), scene_detections
     filled = sorted({row["image_id"] for row in tiles[0]["annotations"]})
     scores = {}
     for name, pair, caps, ids in (

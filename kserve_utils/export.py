@@ -30,7 +30,8 @@ from e2e_utils.files import atomic_path, write_file
 from .engines import DESCRIBES, load_eager
 
 MAX_PIXELS = 4096 * 4096  # of a picture that servers take
-CODE = ("models.py", "backbones.py", "autocast.py")  # build the detector
+# build the detector
+CODE = ("models.py", "backbones.py", "efficientnet_lite.py", "autocast.py")
 _MODEL = "xview-fasterrcnn"  # in the files of torchserve_utils
 _WEIGHTS = "trained_model_stripped.pth"
 _SERVER = Path(__file__).with_name("torchserve_utils")

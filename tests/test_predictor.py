@@ -649,8 +649,9 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
     assert len(wanted) > 8 and names[0] <= names[1]
 
 
-CORE = ("autocast", "backbones", "boxes", "checkpoint", "config", "files")
-CORE += ("georeference", "grid", "hardware", "models", "predict", "scenes")
+CORE = ("autocast", "backbones", "boxes", "checkpoint", "config")
+CORE += ("efficientnet_lite", "files", "georeference", "grid")
+CORE += ("hardware", "models", "predict", "scenes")
 
 
 def imports(path) -> set[str]:

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from e2e_utils.compare import draw_matches, show_matches
 from e2e_utils.visualize import (
+    COLORS,
     bars,
     class_color,
     close_up,
@@ -10,6 +12,7 @@ from e2e_utils.visualize import (
     draw_boxes,
     learning_curve,
     show,
+    show_boxes,
 )
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
@@ -61,7 +64,53 @@ def test_a_close_up_is_centred_on_its_boxes_even_at_a_corner():
     assert view[44, 64].tolist() == [255, 255, 255]
     assert view[10, 64].tolist() == [0, 0, 0] and view[64, 64].tolist() == [90] * 3
     view = close_up(image, None, [40, 40, 60, 60], size=128)
-    assert view[44, 64].tolist() == [255, 0, 0]
+    assert view[44, 64].tolist() == list(COLORS["false"])
     assert close_up(image, None, [0, 0, 99, 99], size=50).shape == (50, 50, 3)
     with pytest.raises(ValueError, match="both are None"):
         close_up(image)
+
+
+TRUTH = {"boxes": [[5, 5, 25, 25], [40, 5, 60, 25], [90, 30, 120, 50]]}
+TRUTH["labels"] = [1, 1, 2]
+FOUND = {
+    "boxes_xyxy": [[90, 30, 100, 50], [6, 5, 26, 25], [40, 30, 60, 45], [0, 0, 9, 9]],
+    "labels": [2, 1, 3, 1],
+    "scores": [0.6, 0.7, 0.8, 0.4],
+}
+
+
+def test_right_false_and_missed_are_told_apart_and_counted():
+    image = np.full((60, 100, 3), 90, np.uint8)  # cuts the third label to a third
+    canvas, labels = draw_matches(image, TRUTH, FOUND, scale=4)
+    assert image.min() == 90 and canvas.shape == (240, 400, 3)
+    assert labels == {"right": [1, 2], "false": [3], "missed": [1]}
+    for x, y, kind in ((64, 20, "right"), (200, 120, "false"), (200, 20, "missed")):
+        assert canvas[y, x].tolist() == list(COLORS[kind]), kind
+    _, labels = draw_matches(image, TRUTH, FOUND, window=(30, 0, 70, 28), scale=4)
+    assert labels == {"right": [], "false": [], "missed": [1]}, "of the window alone"
+    with pytest.raises(
+        ValueError, match=r"window \(30, 0, 101, 28\) .* 100 x 60 pixels"
+    ):
+        draw_matches(image, TRUTH, FOUND, window=(30, 0, 101, 28))
+    nothing = {"boxes": [], "labels": [], "scores": []}
+    for pair, kind in (((TRUTH, nothing), "missed"), ((nothing, FOUND), "false")):
+        assert [k for k, v in draw_matches(image, *pair)[1].items() if v] == [kind]
+    options = {"score_threshold": 0.75, "titles": ["a", "b"]}
+    figure, counts = show_matches([image] * 2, [TRUTH] * 2, [FOUND] * 2, **options)
+    assert counts == {"right": 0, "false": 2, "missed": 6}
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"{name}: 0 found right, 1 false, 3 missed" for name in "ab"]
+    figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["found right", "false (class 3 1)", "missed (class 1 1)"]
+
+
+def test_boxes_from_a_threshold_up_are_shown_with_their_classes_in_the_legend():
+    image = np.zeros((60, 100, 3), np.uint8)
+    figure = show_boxes([image] * 2, [TRUTH, FOUND], NAMES, score_threshold=0.75)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["class 1", "class 2", "class 3"]
+    of_truth, of_found = (axis.images[0].get_array() for axis in figure.axes)
+    assert of_truth[5, 50].tolist() == list(class_color(1)), "all that has no score"
+    assert of_found[30, 50].tolist() == list(class_color(3))
+    assert of_found[5, 15].max() == 0, "below the threshold"

@@ -1,0 +1,132 @@
+"""The labels that detections are held against, cut to what their images show.
+
+Copy: this file, coco.py and files.py.
+
+Every score, every kind of mistake and every picture of them takes its labels from here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from .coco import read_coco
+
+
+def read_ground_truth(
+    ground_truth: str | Path | dict, detections: list[dict], clip: bool = True
+) -> dict:
+    """The content of a COCO file, its boxes cut to their images.
+
+    Args:
+        ground_truth: a COCO file or its content, which stays as it is.
+        detections: COCO results that are to be scored on it.
+        clip: False leaves boxes as they are; see `clip_to_images`.
+
+    Raises:
+        ValueError: a detection's image is not in the ground truth.
+    """
+    if isinstance(ground_truth, dict):
+        coco = ground_truth
+    else:
+        coco = read_coco(ground_truth, strict=False).to_dict()
+    known = {image["id"] for image in coco["images"]}
+    foreign = sorted({d["image_id"] for d in detections} - known)
+    if foreign:
+        raise ValueError(
+            f"detections for images not in the ground truth: {foreign[:5]}"
+        )
+    return clip_to_images(coco)[0] if clip else coco
+
+
+def clip_to_images(coco: dict) -> tuple[dict, np.ndarray]:
+    """Labels cut to what can be seen of them.
+
+    A label may reach beyond the edge of its scene. A detector can find the visible part
+    alone, and where that is less than half of the label no box in the image has an IoU
+    of 0.5 with it. Labels of tiles were cut with their tiles, so nothing changes there.
+
+    Args:
+        coco: content of a COCO file; it stays as it is. An image without "width" or
+            "height" has no right or lower edge here.
+
+    Returns:
+        The content with annotations cut to 0..width and 0..height of their image, their
+        "area" that of the box that is left; and int64 (K,), which annotations of `coco`
+        these are. Those with nothing left are dropped, and a warning counts them.
+    """
+    rows = coco["annotations"]
+    endless = (math.inf, math.inf)
+    size = {
+        image["id"]: (image.get("width", math.inf), image.get("height", math.inf))
+        for image in coco["images"]
+    }
+    ends = [size.get(row["image_id"], endless) for row in rows]
+    boxes = columns(rows)[2]
+    low = boxes[:, :2].clip(min=0)
+    high = np.minimum(boxes[:, 2:], np.array(ends, np.float64).reshape(-1, 2))
+    cut = np.abs(np.hstack([low, high]) - boxes).max(axis=1, initial=0)
+    over = cut > 1e-6  # less is the rounding of x + width
+    gone = over & ((high - low).min(axis=1, initial=math.inf) <= 0)
+    if gone.any():
+        row = rows[int(gone.argmax())]
+        width, height = size[row["image_id"]]
+        warnings.warn(
+            f"{gone.sum()} of {len(rows)} labelled boxes lie outside their image and "
+            f"are not scored; the first is bbox {row['bbox']} of image "
+            f"{row['image_id']}, which has {width} x {height} pixels",
+            stacklevel=3,
+        )
+    kept = np.flatnonzero(~gone)
+    if not over.any():
+        return coco, kept
+    cut_rows = [rows[i] for i in kept]
+    seen = np.hstack([low, high - low])[kept]
+    for place in np.flatnonzero(over[kept]).tolist():
+        x, y, w, h = seen[place].tolist()
+        cut_rows[place] = {**cut_rows[place], "bbox": [x, y, w, h], "area": w * h}
+    return {**coco, "annotations": cut_rows}, kept
+
+
+def image_truth(ground_truth: str | Path | dict, image_id: int) -> dict:
+    """The labels of one image as a detector would give them, cut to the image.
+
+    Returns:
+        "boxes_xyxy" float32 (N, 4) in pixels of the image, "labels" int64 (N,) as
+        `CocoTiles` numbers them, see `to_labels`.
+
+    Raises:
+        ValueError: no such image, or a label's category is not in the file.
+    """
+    coco = read_ground_truth(ground_truth, [])
+    if image_id not in {image["id"] for image in coco["images"]}:
+        raise ValueError(f"no image {image_id!r} in the ground truth")
+    rows = [row for row in coco["annotations"] if row["image_id"] == image_id]
+    _, category, boxes = columns(rows)
+    labels = to_labels(coco, category)
+    return {"boxes_xyxy": boxes.astype(np.float32), "labels": labels}
+
+
+def to_labels(coco: dict, category: np.ndarray) -> np.ndarray:
+    """Labels int64 (N,) of category ids (N,): 1 for the lowest of the file, and so on.
+
+    Raises:
+        ValueError: an id is not among the file's categories.
+    """
+    ids = np.array(sorted(row["id"] for row in coco["categories"]), np.int64)
+    foreign = np.setdiff1d(category, ids)
+    if len(foreign):
+        raise ValueError(f"categories not in the ground truth: {foreign[:5].tolist()}")
+    return np.searchsorted(ids, category) + 1
+
+
+def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image id int64 (N,), category id int64 (N,), boxes_xyxy float64 (N, 4)."""
+    image = np.array([row["image_id"] for row in rows], np.int64)
+    category = np.array([row["category_id"] for row in rows], np.int64)
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return image, category, boxes
