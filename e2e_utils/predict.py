@@ -1,6 +1,6 @@
 """A picture or a whole scene in, boxes out: as arrays, as GeoJSON, as COCO results.
 
-Copy: this file, boxes.py, grid.py, scenes.py and files.py.
+Copy: this file, boxes.py, grid.py, scenes.py, images.py, stretch.py and files.py.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -11,8 +11,7 @@ found whole in one tile and in part in another; the part gives way to the whole.
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,8 @@ from tqdm.auto import tqdm
 from .boxes import nms, parts_of_others
 from .files import write_file
 from .grid import tile_grid
-from .scenes import read_rgb, read_window
+from .scenes import open_scene
+from .stretch import Stretch
 
 _KEYS = ("boxes", "labels", "scores")
 
@@ -104,14 +104,16 @@ def predict_scene(
     progress: bool = False,
     class_names: Sequence[str] | None = None,
     amp_dtype: torch.dtype | None = None,
+    stretch: Stretch | str | Path | None = None,
 ) -> dict:
     """Detections on a whole scene by sliced inference.
 
     Args:
         model: a detector in evaluation mode; it runs where its weights are.
-        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG.
-            Of an uncompressed TIFF, bands last, only a row of tiles is in memory at a
-            time; any other file is decoded whole, height x width x 3 bytes.
+        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG,
+            or the URL of a TIFF, see `scenes.open_scene`. Of a TIFF some rows of tiles
+            are in memory at a time; PNG and JPEG are decoded whole, height x width x 3
+            bytes.
         size, overlap: of the tile grid; take those that the model was trained with.
         batch_size: tiles a forward pass.
         score_threshold: drop boxes below, 0..1.
@@ -122,6 +124,8 @@ def predict_scene(
         progress: show a bar.
         class_names: index = label, the background first.
         amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
+        stretch: of a TIFF of more than 8 bits, or of other bands, the record that
+            `convert.tif_to_rgb` wrote; the model must have learned from such pictures.
 
     Returns:
         As `predict_image`, in pixels of the scene. `to_geojson` makes GeoJSON of it;
@@ -133,15 +137,14 @@ def predict_scene(
         FileNotFoundError: no such file.
     """
     device = next(model.parameters()).device
-    height, width, rows = _rows(image)
-    grid = tile_grid(height, width, size, overlap)
-    edge = torch.tensor([0, 0, width, height], device=device)
-    tiles, starts = _tiles(rows, grid), range(0, len(grid), batch_size)
     # One table. A list of small tensors would lie between the large ones of the forward
     # passes and keep their memory from use.
     table = np.empty((0, 7), np.float32)  # x1 y1 x2 y2 label score cut
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-    with autocast, _channels_last(model):
+    with open_scene(image, stretch=stretch) as scene, autocast, _channels_last(model):
+        grid = tile_grid(scene.height, scene.width, size, overlap)
+        edge = torch.tensor([0, 0, scene.width, scene.height], device=device)
+        tiles, starts = scene.tiles(grid.tolist()), range(0, len(grid), batch_size)
         for start in tqdm(starts, desc="tiles", unit="batch", disable=not progress):
             outputs = model(_tensors(list(islice(tiles, batch_size)), device))
             corners = torch.from_numpy(grid[start : start + batch_size]).to(device)
@@ -189,31 +192,6 @@ def _in_scene(
     cut = (tile != edge) & ((boxes - tile).abs() <= border) & (border > 0)
     last = torch.stack([labels[keep], scores[keep], cut.any(dim=1).float()], dim=1)
     return torch.cat([boxes, last], dim=1).cpu().numpy()
-
-
-def _rows(image: np.ndarray | str | Path) -> tuple[int, int, Callable]:
-    """(height, width, function of y1 and y2 that gives these rows of pixels)."""
-    if isinstance(image, np.ndarray):
-        _check(image)
-        return *image.shape[:2], lambda y1, y2: image[y1:y2]
-    pixels = read_rgb(image)
-    owner: object = pixels
-    height, width = pixels.shape[:2]
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap):
-        # opened anew for each row: a mapping keeps every page that it has touched
-        return height, width, lambda y1, y2: read_window(image, 0, y1, width, y2)
-    return height, width, lambda y1, y2: pixels[y1:y2]
-
-
-def _tiles(rows: Callable, grid: np.ndarray) -> Iterator[np.ndarray]:
-    """The grid's tiles, in its order, each row of them read once."""
-    last = None
-    for x1, y1, x2, y2 in grid.tolist():
-        if y1 != last:
-            strip, last = rows(y1, y2), y1
-        yield strip[:, x1:x2]
 
 
 def to_geojson(
