@@ -1,6 +1,6 @@
 """Where a scene lies on Earth, and files of boxes for the map.
 
-Copy: this file and files.py.
+Copy: this file, scenes.py, images.py, stretch.py and files.py.
 
 The boxes of a scene with a georeference are polygons in longitude and latitude, or in
 the scene's own CRS. Those of another scene stay in pixels, and every file says so: its
@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rasterio
 from rasterio import warp
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.transform import Affine
 
 from .files import write_file
+from .scenes import Scene, open_scene
 
 WGS84 = "EPSG:4326"
 PIXELS = (
@@ -38,7 +36,6 @@ FORMATS = {
 }
 COLUMNS = {"scene": "string", "class_name": "string", "class_id": "int64"}
 COLUMNS |= dict.fromkeys(("score", "x1", "y1", "x2", "y2"), "float64")
-_DRIVERS = {b"II": "GTiff", b"MM": "GTiff", b"\x89P": "PNG", b"\xff\xd8": "JPEG"}
 
 
 class Georeference(NamedTuple):
@@ -57,65 +54,38 @@ class Georeference(NamedTuple):
         return a * column + b * row + c, d * column + e * row + f
 
 
-def read_georeference(scene: str | Path | bytes) -> Georeference | None:
-    """The CRS and the transform of a picture file.
-
-    Args:
-        scene: path of a TIFF, PNG or JPEG, or the bytes of one.
-
-    Returns:
-        As `georeference_of`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no picture, or see `georeference_of`; the message names the file.
-    """
-    name = "the picture" if isinstance(scene, bytes) else str(scene)
-    source: Any = io.BytesIO(scene) if isinstance(scene, bytes) else Path(scene)
-    with io.BytesIO(scene) if isinstance(scene, bytes) else open(scene, "rb") as file:
-        driver = _DRIVERS.get(file.read(2))
-    if driver is None:
-        raise ValueError(f"{name} cannot be read: it is no TIFF, PNG or JPEG")
-    try:  # no other driver: GDAL has some that open further files
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(source, driver=driver) as file:
-                place = file.crs, file.transform, file.height, file.width
-    except RasterioError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    return georeference_of(*place, name)
+def read_georeference(source: str | Path | bytes) -> Georeference | None:
+    """`georeference_of` a file, of the bytes of one, or of a URL; see `open_scene`."""
+    with open_scene(source) as scene:
+        return georeference_of(scene)
 
 
-def georeference_of(
-    crs: CRS | None, transform: Affine, height: int, width: int, name: str
-) -> Georeference | None:
-    """What a file tells of its place, checked.
-
-    Args:
-        crs, transform: of a dataset of rasterio.
-        height, width: of the scene in pixels.
-        name: of the file, for the message.
+def georeference_of(scene: Scene) -> Georeference | None:
+    """What an open scene tells of its place, checked.
 
     Returns:
         None without a CRS on Earth, or without a transform. Ground control points and
         RPCs are no transform: `gdalwarp` makes one of them.
 
     Raises:
-        ValueError: a corner of the scene is no place on Earth.
+        ValueError: a corner of the scene is no place on Earth; the message names it.
     """
-    on_earth = crs is not None and (crs.is_geographic or crs.is_projected)
-    if not on_earth or transform.is_identity:
+    crs, transform = scene.crs, scene.transform
+    if crs is None or not (crs.is_geographic or crs.is_projected) or transform is None:
         return None
-    place = Georeference(crs, transform)
-    x, y = place.xy(np.array([0, width, 0, width]), np.array([0, 0, height, height]))
+    place, corners = (
+        Georeference(crs, transform),
+        np.array([[0, 1, 0, 1], [0, 0, 1, 1]]),
+    )
+    x, y = place.xy(corners[0] * scene.width, corners[1] * scene.height)
     try:
         lon, lat = np.array(warp.transform(crs, WGS84, x, y))
     except Exception:  # GDAL raises many kinds: outside of the projection, above all
         lon = lat = np.array(np.inf)
     if transform.is_degenerate or not (abs(lon) <= 540).all() & (abs(lat) <= 90).all():
         raise ValueError(
-            f"{name}: its transform {tuple(transform)[:6]} in {crs} is no place on "
-            "Earth; write the right one with gdal_edit, or none (-unsetgt)"
+            f"{scene.name}: its transform {tuple(transform)[:6]} in {crs} is no place "
+            "on Earth; write the right one with gdal_edit, or none (-unsetgt)"
         )
     return place
 

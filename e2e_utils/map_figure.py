@@ -1,6 +1,6 @@
 """A picture of a scene with coordinates on its axes.
 
-Copy: this file, georeference.py and files.py.
+Copy: this file, georeference.py, scenes.py, images.py, stretch.py and files.py.
 """
 
 import matplotlib.pyplot as plt

@@ -1,8 +1,8 @@
 """A picture or a whole scene in, boxes out; many scenes in, one file of boxes out.
 
-Copy: this file, boxes.py, grid.py, scenes.py, georeference.py and files.py; for the
-command line checkpoint.py, config.py, models.py, backbones.py, efficientnet_lite.py,
-autocast.py and hardware.py as well.
+Copy: this file, boxes.py, grid.py, scenes.py, images.py, stretch.py, georeference.py
+and files.py; for the command line checkpoint.py, config.py, models.py, backbones.py,
+efficientnet_lite.py, autocast.py and hardware.py as well.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -14,10 +14,9 @@ found whole in one tile and in part in another; the part gives way to the whole.
 
 from __future__ import annotations
 
-import mmap
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,10 +30,16 @@ from tqdm.auto import tqdm
 from .boxes import nms, parts_of_others
 from .checkpoint import model_from_checkpoint
 from .files import find_files
-from .georeference import output_files, read_georeference, write_boxes
+from .georeference import (
+    georeference_of,
+    output_files,
+    read_georeference,
+    write_boxes,
+)
 from .grid import tile_grid
 from .hardware import find_device
-from .scenes import FailedScenes, read_rgb, read_window
+from .scenes import FailedScenes, is_url, open_scene
+from .stretch import Stretch
 
 SCENES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _KEYS = ("boxes", "labels", "scores")
@@ -110,14 +115,16 @@ def predict_scene(
     progress: bool = False,
     class_names: Sequence[str] | None = None,
     amp_dtype: torch.dtype | None = None,
+    stretch: Stretch | str | Path | None = None,
 ) -> dict:
     """Detections on a whole scene by sliced inference.
 
     Args:
         model: a detector in evaluation mode; it runs where its weights are.
-        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG.
-            Of an uncompressed TIFF, bands last, only a row of tiles is in memory at a
-            time; any other file is decoded whole, height x width x 3 bytes.
+        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG,
+            or the URL of a TIFF, see `scenes.open_scene`. Of a TIFF some rows of tiles
+            are in memory at a time; PNG and JPEG are decoded whole, height x width x 3
+            bytes.
         size, overlap: of the tile grid; take those that the model was trained with.
         batch_size: tiles a forward pass.
         score_threshold: drop boxes below, 0..1.
@@ -128,6 +135,8 @@ def predict_scene(
         progress: show a bar.
         class_names: index = label, the background first.
         amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
+        stretch: of a TIFF of more than 8 bits, or of other bands, the record that
+            `convert.tif_to_rgb` wrote; the model must have learned from such pictures.
 
     Returns:
         As `predict_image`, in pixels of the scene, with "georeference": of
@@ -139,16 +148,15 @@ def predict_scene(
         FileNotFoundError: no such file.
     """
     device = next(model.parameters()).device
-    height, width, rows = _rows(image)
-    place = None if isinstance(image, np.ndarray) else read_georeference(image)
-    grid = tile_grid(height, width, size, overlap)
-    edge = torch.tensor([0, 0, width, height], device=device)
-    tiles, starts = _tiles(rows, grid), range(0, len(grid), batch_size)
     # One table. A list of small tensors would lie between the large ones of the forward
     # passes and keep their memory from use.
     table = np.empty((0, 7), np.float32)  # x1 y1 x2 y2 label score cut
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-    with autocast, _channels_last(model):
+    with open_scene(image, stretch=stretch) as scene, autocast, _channels_last(model):
+        place = georeference_of(scene)
+        grid = tile_grid(scene.height, scene.width, size, overlap)
+        edge = torch.tensor([0, 0, scene.width, scene.height], device=device)
+        tiles, starts = scene.tiles(grid.tolist()), range(0, len(grid), batch_size)
         bar = tqdm(starts, "tiles", leave=None, unit="batch", disable=not progress)
         for start in bar:
             outputs = model(_tensors(list(islice(tiles, batch_size)), device))
@@ -200,31 +208,6 @@ def _in_scene(
     return torch.cat([boxes, last], dim=1).cpu().numpy()
 
 
-def _rows(image: np.ndarray | str | Path) -> tuple[int, int, Callable]:
-    """(height, width, function of y1 and y2 that gives these rows of pixels)."""
-    if isinstance(image, np.ndarray):
-        _check(image)
-        return *image.shape[:2], lambda y1, y2: image[y1:y2]
-    pixels = read_rgb(image)
-    owner: object = pixels
-    height, width = pixels.shape[:2]
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap):
-        # opened anew for each row: a mapping keeps every page that it has touched
-        return height, width, lambda y1, y2: read_window(image, 0, y1, width, y2)
-    return height, width, lambda y1, y2: pixels[y1:y2]
-
-
-def _tiles(rows: Callable, grid: np.ndarray) -> Iterator[np.ndarray]:
-    """The grid's tiles, in its order, each row of them read once."""
-    last = None
-    for x1, y1, x2, y2 in grid.tolist():
-        if y1 != last:
-            strip, last = rows(y1, y2), y1
-        yield strip[:, x1:x2]
-
-
 @dataclass
 class Predictions:
     """What `predict_files` found and wrote."""
@@ -252,11 +235,13 @@ def predict_files(
     overlap: float | None = None,
     batch_size: int = 4,
     device: str | None = None,
+    stretch: str | None = None,
 ) -> Predictions:
     """Run a detector over scenes and write the boxes, on the map where it can be.
 
     Args:
-        scenes: files, folders of pictures (`SCENES`) or patterns: "scenes/**/*.tif".
+        scenes: files, folders of pictures (`SCENES`), patterns such as
+            "scenes/**/*.tif", or URLs of TIFFs, see `scenes.open_scene`.
         checkpoint: written by `e2e_utils.train`; it tells the classes.
         output: .geojson, .gpkg, .parquet (longitude, latitude) or .json (COCO results,
             pixels). With {scene} in it a file each, .gpkg and .parquet in its own CRS.
@@ -265,6 +250,7 @@ def predict_files(
         overlap: of the tiles, 0..1; the checkpoint's by default.
         batch_size: tiles a forward pass.
         device: "cpu", "cuda" or "cuda:1"; a GPU if there is one by default.
+        stretch: for TIFFs of more than 8 bits, see `predict_scene`.
 
     Returns:
         Predictions; print it.
@@ -275,7 +261,9 @@ def predict_files(
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
-    paths = find_files(scenes, SCENES)
+    urls = {str(url).split("://")[1]: url for url in scenes if is_url(url)}
+    files = [scene for scene in scenes if not is_url(scene)]
+    paths = urls | (find_files(files, SCENES) if files else {})
     places = {name: read_georeference(path) for name, path in paths.items()}
     for file in output_files(output, places):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +273,11 @@ def predict_files(
     if size is None or overlap is None:
         raise ValueError(f"{checkpoint} has no tile_size, overlap: give both")
     options: dict = {"batch_size": batch_size, "score_threshold": score_threshold}
-    options |= {"class_names": meta["class_names"], "progress": True}
+    options |= {
+        "class_names": meta["class_names"],
+        "progress": True,
+        "stretch": stretch,
+    }
     done = Predictions({})
     for name, path in tqdm(
         paths.items(), "scenes", unit="scene", disable=len(paths) < 2
@@ -307,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="python -m e2e_utils.predict")
-    parser.add_argument("scenes", nargs="+", help="files, folders or patterns")
+    parser.add_argument("scenes", nargs="+", help="files, folders, patterns or URLs")
     parser.add_function_arguments(predict_files, skip={"scenes"}, as_positional=False)
     options = parser.parse_args(arguments).as_dict()
     try:

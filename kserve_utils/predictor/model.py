@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +29,13 @@ from .pictures import (
     check_picture,
     check_scene,
     check_sides,
+    check_size,
     decode,
     place_of,
     scene_error,
 )
 from .protocol import OUTPUTS, Job, answer
-from .refusal import Refusal, bad
+from .refusal import Refusal
 
 PICTURES = Counter("predictor_pictures", "pictures answered", ["kind"])
 _SCENE_THRESHOLD = 0.05  # as predict_scene's own
@@ -141,9 +141,9 @@ class DetectorModel(Model):
         for index, picture in enumerate(job.pictures):
             if isinstance(picture, bytes):
                 check_picture(picture, most, job.where(index))
-            elif math.prod(picture.shape[:2]) > most:
+            else:
                 height, width, _ = picture.shape
-                raise bad(f"the picture has {width} x {height} pixels, at most {most}")
+                check_size(height, width, most, job.where(index))
 
     async def predict(self, payload: Job, headers: dict | None = None, *_: Any) -> Job:
         """Fill `payload.found`.
