@@ -1,7 +1,7 @@
 """xView as it is downloaded into what detection tools read.
 
-Copy: this file, xview_labels.py, coco.py, scenes.py, files.py, classes.py and
-xview_classes.json.
+Copy: this file, xview_labels.py, coco.py, scenes.py, images.py, stretch.py, files.py,
+classes.py and xview_classes.json.
 
 TIFF scenes become RGB PNGs, and the geojson of labels a COCO train and val file. Of
 other labels a COCO file of scenes (`coco.write_coco`) is all that later stages need.
@@ -15,9 +15,11 @@ other labels a COCO file of scenes (`coco.write_coco`) is all that later stages 
         --xview_class_labels xview_class_labels.txt
 """
 
+import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +31,9 @@ from tqdm.contrib.concurrent import thread_map
 from .classes import read_classes
 from .coco import Category, Coco, Image, count_defects, to_annotations, write_coco
 from .files import write_file
-from .scenes import FailedScenes, read_bands, read_rgb
+from .images import PNG_END
+from .scenes import FailedScenes, open_scene, read_size
+from .stretch import Stretch, percentile_stretch
 from .xview_labels import Labels, read_labels, split_scenes
 
 
@@ -53,18 +57,21 @@ def _scene_files(folder: Path) -> list[Path]:
     files = [f for f in folder.iterdir() if f.suffix.lower() in (".tif", ".tiff")]
     files = [f for f in files if not f.name.startswith(".")]
     numbers = {f: int(f.stem) if f.stem.isdecimal() else sys.maxsize for f in files}
-    return sorted(files, key=lambda f: (numbers[f], f.name))
+    files = sorted(files, key=lambda f: (numbers[f], f.name))
+    for one, other in pairwise(files):
+        if one.stem == other.stem:
+            raise ValueError(f"{one} and {other.name} are scenes of one name")
+    return files
 
 
 def _is_copy(png: Path, tif: Path) -> bool:
     """Whether a PNG is there, whole, of its scene's size and not older than it."""
     if not png.exists() or png.stat().st_mtime < tif.stat().st_mtime:
         return False
-    size = read_bands(tif, header_only=True)
-    try:
-        return size == read_bands(png, header_only=True)
-    except ValueError:
-        return False
+    with open(png, "rb") as file:
+        file.seek(max(0, png.stat().st_size - len(PNG_END)))
+        whole = file.read() == PNG_END
+    return whole and read_size(tif) == read_size(png)
 
 
 def tif_to_rgb(
@@ -72,26 +79,34 @@ def tif_to_rgb(
     out_dir: str | Path,
     *,
     percentile: float | None = None,
+    bands: tuple[int, int, int] | None = None,
 ) -> PngReport:
     """Write every TIFF scene of a folder as an RGB PNG of the same name.
 
-    Tiling reads TIFFs itself, so this step is for tools that cannot. A PNG that is
-    there, whole, of its scene's size and not older than the scene is left alone, unless
-    a percentile is given: then all are written.
+    Tiling reads TIFFs of 8 bits itself, so this step is for tools that cannot, for
+    more than 8 bits, and for other orders of bands. A PNG that is there, whole, of its
+    scene's size and not older than the scene is left alone, unless a percentile or
+    bands are given: then all are written.
+
+    Beside a PNG that was stretched, or whose bands were chosen, its `Stretch` is
+    written as `NAME.stretch.json`; `predict_scene(..., stretch=)` takes it.
 
     Args:
-        input_dir: folder of .tif files, 3 or 4 bands; a fourth band is left out.
+        input_dir: folder of .tif or .tiff files.
         out_dir: made if it is not there.
         percentile: scale scenes that are not 8 bit, each band from its percentiles p
-            and 100 - p to 0..255; 0 <= p < 50, 2 is usual. Left out, such scenes fail,
+            and 100 - p to 0..255; 0 <= p < 50, 2 is usual. What is not finite, or the
+            file's nodata, does not count and becomes 0. Left out, such scenes fail,
             because cutting 16 bits to 8 without a choice gives a dark or a white scene.
+        bands: of red, green and blue, from 1; (3, 2, 1) of blue, green, red, infrared.
+            Left out, see `open_scene`.
 
     Returns:
         PngReport; print it.
 
     Raises:
-        FailedScenes: scenes were unreadable, not 8 bit, or had other bands; all others
-            are written. Each line names the file and what it holds.
+        FailedScenes: scenes were unreadable, not 8 bit, constant, or had other bands;
+            all others are written. Each line names the file and what it holds.
         ValueError, OSError: a bad percentile, no such folder, nothing to convert, or
             the disk is full.
     """
@@ -99,22 +114,26 @@ def tif_to_rgb(
         raise ValueError(f"percentile is {percentile}; give 0 <= percentile < 50")
     files, out = _scene_files(Path(input_dir)), Path(out_dir)
     if not files:
-        raise FileNotFoundError(f"{input_dir} holds no .tif scene")
+        raise FileNotFoundError(f"{input_dir} holds no .tif or .tiff scene")
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
 
     def convert(tif: Path) -> bool:
-        png = out / f"{tif.stem}.png"
+        png, record = out / f"{tif.stem}.png", out / f"{tif.stem}.stretch.json"
         try:
-            # of a PNG nobody knows by which percentile it was scaled
-            if percentile is None and _is_copy(png, tif):
+            # a PNG with a record is another picture than what is asked for now
+            plain = percentile is None and bands is None and not record.exists()
+            if plain and _is_copy(png, tif):
                 return False
-            pixels = read_rgb(tif, percentile)
+            pixels, stretch = _to_rgb(tif, percentile, bands)
         except ValueError as error:
             failed[tif.name] = str(error)
             return False
+        record.unlink(missing_ok=True)
         bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         write_file(png, [cv2.imencode(".png", bgr)[1].data])
+        if stretch:
+            write_file(record, [json.dumps(asdict(stretch)).encode()])
         return True
 
     # decoding and encoding leave Python's lock; each thread holds one scene
@@ -123,6 +142,23 @@ def tif_to_rgb(
     if failed:
         raise FailedScenes(report)
     return report
+
+
+def _to_rgb(
+    tif: Path, percentile: float | None, bands: tuple[int, int, int] | None
+) -> tuple[np.ndarray, Stretch | None]:
+    """Pixels, and the record of how they were made if a choice was made."""
+    with open_scene(tif, bands=bands) as scene:
+        if scene.dtype == "uint8" or percentile is None or scene.bands is None:
+            pixels = scene.read()
+            ends = (0.0,) * 3, (255.0,) * 3
+            return pixels, Stretch(tuple(bands), *ends) if bands else None
+        stored = scene.stored()
+        try:
+            stretch = percentile_stretch(stored, percentile, scene.bands, scene.nodata)
+        except ValueError as error:
+            raise ValueError(f"{tif}: {error}") from error
+        return stretch.apply(stored, scene.nodata), stretch
 
 
 @dataclass
@@ -168,7 +204,8 @@ def geojson_to_coco(
     class (75 and 82 in xView), with zero area, or wholly outside their scene.
 
     Args:
-        train_images_dir: folder of the .tif scenes.
+        train_images_dir: folder of the scenes; the ending may be .tif or .tiff in any
+            case, whatever ending the labels give.
         train_geojson_path: xView_train.geojson.
         output_dir: made if it is not there.
         train_split_rate: fraction of the scenes for train, 0..1, rounded down.
@@ -186,8 +223,8 @@ def geojson_to_coco(
 
     Raises:
         ValueError: the label file is no FeatureCollection or lacks a property; the
-            message names file, feature and field. Or a bad argument, or a scene that
-            is no image.
+            message names file, feature and field. Or no label is kept, a bad argument,
+            or a scene that is no image.
         OSError: a file or folder is missing or not writable.
     """
     if not 0 <= train_split_rate <= 1:
@@ -202,6 +239,11 @@ def geojson_to_coco(
     images = {i: _listed_image(files[i], train_images_dir_rgb) for i in labelled}
     report = ConversionReport(len(labels.scene), len(files) - len(labelled))
     kept = _choose_labels(labels, images, report)
+    if not len(kept):
+        raise ValueError(
+            f"{train_geojson_path}: none of {report.features} labels is kept for the "
+            f"{len(files)} scenes of {train_images_dir}: {report.dropped}"
+        )
     names: dict[int, str] = {}
     for category_id, name in classes.values():
         names.setdefault(category_id, name)
@@ -230,7 +272,7 @@ def _listed_image(tif: Path, rgb_dir: str | Path | None) -> Image:
         path = Path(rgb_dir) / f"{tif.stem}.png"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; make it with tif_to_rgb")
-    height, width = read_bands(path, header_only=True)
+    height, width = read_size(path)
     return Image(height, width, id=0, file_name=path.name)
 
 

@@ -1,6 +1,6 @@
 """COCO tiles as tensors: the data set, its augmentation, its loaders.
 
-Copy: this file, coco.py, files.py and sampling.py.
+Copy: this file, coco.py, files.py, sampling.py, scenes.py, images.py and stretch.py.
 
 The augmentation of a tile is a function of the seed that comes with its index. With
 the order of sampling.py, a run that was stopped continues at any step with the very
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 from msgspec.structs import astuple
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -23,6 +22,7 @@ from torchvision.transforms import v2
 
 from .coco import Coco, read_coco
 from .sampling import StepSampler
+from .scenes import read_rgb
 
 
 class CocoTiles(Dataset):
@@ -102,11 +102,11 @@ class CocoTiles(Dataset):
         path = self.image_dir / self.images[index]["file_name"]
         if not path.is_file():
             raise ValueError(f"the tile {path} is missing")
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if image is None:
-            raise ValueError(f"the tile {path} is not a readable image")
-        tensor = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-        tensor = tensor.permute(2, 0, 1).contiguous()
+        try:
+            pixels = read_rgb(path)
+        except ValueError as error:
+            raise ValueError(f"the tile {error}") from error
+        tensor = torch.tensor(pixels).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[index] = tensor
         return tensor

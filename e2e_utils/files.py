@@ -1,14 +1,48 @@
-"""Write a file whole or not at all.
+"""Find files, and write a file whole or not at all.
 
 Copy: this file.
 """
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def find_files(given: Iterable[str | Path], endings: Sequence[str]) -> dict[str, Path]:
+    """The files that paths, folders and patterns name.
+
+    Args:
+        given: a file; a folder, of which the files with one of `endings` are taken
+            (hidden ones and folders in it are not); or a pattern such as "a/**/*.tif".
+        endings: in lower case, such as ".tif".
+
+    Returns:
+        {name: path}, sorted within each of `given`. A name is the path below the
+        folder that all have in common, so that files of one name in two folders stay
+        apart.
+
+    Raises:
+        FileNotFoundError: one of `given` names nothing.
+    """
+    paths: dict[str, None] = {}
+    for text in map(str, given):
+        found = [text] if os.path.exists(text) else glob.glob(text, recursive=True)
+        if os.path.isdir(text):
+            found = [
+                path
+                for path in glob.glob(f"{glob.escape(text)}/*")
+                if path.lower().endswith(tuple(endings))
+            ]
+        files = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+        if not files:
+            raise FileNotFoundError(f"{text}: no file there ({', '.join(endings)})")
+        paths |= dict.fromkeys(files)
+    root = os.path.commonpath([os.path.dirname(path) for path in paths] or [""])
+    return {Path(path).relative_to(root).as_posix(): Path(path) for path in paths}
 
 
 @contextmanager

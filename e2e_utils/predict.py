@@ -1,19 +1,24 @@
-"""A picture or a whole scene in, boxes out: as arrays, as GeoJSON, as COCO results.
+"""A picture or a whole scene in, boxes out; many scenes in, one file of boxes out.
 
-Copy: this file, boxes.py, grid.py, scenes.py and files.py.
+Copy: this file, boxes.py, grid.py, scenes.py, images.py, stretch.py, georeference.py
+and files.py; for the command line checkpoint.py, config.py, models.py, backbones.py,
+efficientnet_lite.py, autocast.py and hardware.py as well.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
 non-maximum suppression keeps the better of the two. An object that a border cuts is
 found whole in one tile and in part in another; the part gives way to the whole.
+
+    python -m e2e_utils.predict SCENE... --checkpoint best.pt --output boxes.geojson
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -23,10 +28,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .boxes import nms, parts_of_others
-from .files import write_file
+from .checkpoint import model_from_checkpoint
+from .files import find_files
+from .georeference import (
+    georeference_of,
+    output_files,
+    read_georeference,
+    write_boxes,
+)
 from .grid import tile_grid
-from .scenes import read_rgb, read_window
+from .hardware import find_device
+from .scenes import FailedScenes, is_url, open_scene
+from .stretch import Stretch
 
+SCENES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _KEYS = ("boxes", "labels", "scores")
 
 
@@ -51,17 +66,13 @@ def _detections(
 ) -> dict:
     found: dict = {"boxes_xyxy": boxes, "labels": labels, "scores": scores}
     if class_names is not None:
-        found["names"] = _names(labels, class_names)
+        if len(labels) and labels.max() >= len(class_names):
+            raise ValueError(
+                f"label {labels.max()} has no name: class_names has {len(class_names)} "
+                "entries; its index is the label, and the background comes first"
+            )
+        found["names"] = [class_names[label] for label in labels]
     return found
-
-
-def _names(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    if len(labels) and labels.max() >= len(class_names):
-        raise ValueError(
-            f"label {labels.max()} has no name: class_names has {len(class_names)} "
-            "entries; its index is the label, and the background comes first"
-        )
-    return [class_names[label] for label in labels]
 
 
 @torch.inference_mode()
@@ -104,14 +115,16 @@ def predict_scene(
     progress: bool = False,
     class_names: Sequence[str] | None = None,
     amp_dtype: torch.dtype | None = None,
+    stretch: Stretch | str | Path | None = None,
 ) -> dict:
     """Detections on a whole scene by sliced inference.
 
     Args:
         model: a detector in evaluation mode; it runs where its weights are.
-        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG.
-            Of an uncompressed TIFF, bands last, only a row of tiles is in memory at a
-            time; any other file is decoded whole, height x width x 3 bytes.
+        image: uint8 (H, W, 3), RGB, of any size; or the path of a TIFF, PNG or JPEG,
+            or the URL of a TIFF, see `scenes.open_scene`. Of a TIFF some rows of tiles
+            are in memory at a time; PNG and JPEG are decoded whole, height x width x 3
+            bytes.
         size, overlap: of the tile grid; take those that the model was trained with.
         batch_size: tiles a forward pass.
         score_threshold: drop boxes below, 0..1.
@@ -122,27 +135,30 @@ def predict_scene(
         progress: show a bar.
         class_names: index = label, the background first.
         amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
+        stretch: of a TIFF of more than 8 bits, or of other bands, the record that
+            `convert.tif_to_rgb` wrote; the model must have learned from such pictures.
 
     Returns:
-        As `predict_image`, in pixels of the scene. `to_geojson` makes GeoJSON of it;
-        `evaluate.to_coco(image_id, found)` makes COCO results, `save_json` a file of
-        them.
+        As `predict_image`, in pixels of the scene, with "georeference": of
+        `georeference.read_georeference`, None for an array. `georeference.write_boxes`
+        makes files of it, `evaluate.to_coco(image_id, found)` COCO results.
 
     Raises:
-        ValueError: `image` is not 8 bit RGB; the message names the file.
+        ValueError: not 8 bit RGB, or no place on Earth; the message names the file.
         FileNotFoundError: no such file.
     """
     device = next(model.parameters()).device
-    height, width, rows = _rows(image)
-    grid = tile_grid(height, width, size, overlap)
-    edge = torch.tensor([0, 0, width, height], device=device)
-    tiles, starts = _tiles(rows, grid), range(0, len(grid), batch_size)
     # One table. A list of small tensors would lie between the large ones of the forward
     # passes and keep their memory from use.
     table = np.empty((0, 7), np.float32)  # x1 y1 x2 y2 label score cut
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-    with autocast, _channels_last(model):
-        for start in tqdm(starts, desc="tiles", unit="batch", disable=not progress):
+    with open_scene(image, stretch=stretch) as scene, autocast, _channels_last(model):
+        place = georeference_of(scene)
+        grid = tile_grid(scene.height, scene.width, size, overlap)
+        edge = torch.tensor([0, 0, scene.width, scene.height], device=device)
+        tiles, starts = scene.tiles(grid.tolist()), range(0, len(grid), batch_size)
+        bar = tqdm(starts, "tiles", leave=None, unit="batch", disable=not progress)
+        for start in bar:
             outputs = model(_tensors(list(islice(tiles, batch_size)), device))
             corners = torch.from_numpy(grid[start : start + batch_size]).to(device)
             part = _in_scene(outputs, corners, edge, score_threshold, border)
@@ -150,7 +166,8 @@ def predict_scene(
     table = table[nms(table[:, :4], table[:, 5], table[:, 4], nms_threshold)]
     boxes, labels, cut = table[:, :4], table[:, 4].astype(np.int64), table[:, 6] > 0
     whole = ~parts_of_others(boxes, labels, cut)
-    return _detections(boxes[whole], labels[whole], table[whole, 5], class_names)
+    found = _detections(boxes[whole], labels[whole], table[whole, 5], class_names)
+    return {**found, "georeference": place}
 
 
 @contextmanager
@@ -191,99 +208,105 @@ def _in_scene(
     return torch.cat([boxes, last], dim=1).cpu().numpy()
 
 
-def _rows(image: np.ndarray | str | Path) -> tuple[int, int, Callable]:
-    """(height, width, function of y1 and y2 that gives these rows of pixels)."""
-    if isinstance(image, np.ndarray):
-        _check(image)
-        return *image.shape[:2], lambda y1, y2: image[y1:y2]
-    pixels = read_rgb(image)
-    owner: object = pixels
-    height, width = pixels.shape[:2]
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap):
-        # opened anew for each row: a mapping keeps every page that it has touched
-        return height, width, lambda y1, y2: read_window(image, 0, y1, width, y2)
-    return height, width, lambda y1, y2: pixels[y1:y2]
+@dataclass
+class Predictions:
+    """What `predict_files` found and wrote."""
+
+    found: dict[str, dict]  # scene: as `predict_scene` gives it
+    files: list[Path] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # scene: what went wrong
+
+    def __str__(self) -> str:
+        names = Counter(n for found in self.found.values() for n in found["names"])
+        lines = [f"{count:>9} {name}" for name, count in names.most_common()]
+        lines += [f"{names.total():>9} boxes in {len(self.found)} scene(s)"]
+        pixels = all(found["georeference"] is None for found in self.found.values())
+        lines += ["no scene has a georeference: boxes are in pixels"] * pixels
+        return "\n".join([*lines, *(f"wrote {file}" for file in self.files)])
 
 
-def _tiles(rows: Callable, grid: np.ndarray) -> Iterator[np.ndarray]:
-    """The grid's tiles, in its order, each row of them read once."""
-    last = None
-    for x1, y1, x2, y2 in grid.tolist():
-        if y1 != last:
-            strip, last = rows(y1, y2), y1
-        yield strip[:, x1:x2]
-
-
-def to_geojson(
-    found: dict,
-    class_names: Sequence[str],
-    path: str | Path | None = None,
-    transform: Sequence[float] | None = None,
-    image_id: str | None = None,
-    type_ids: Sequence[int] | None = None,
-    crs: str | None = None,
-) -> dict:
-    """Detections as a GeoJSON FeatureCollection, with the field names of xView.
+def predict_files(
+    scenes: Sequence[str | Path],
+    checkpoint: str,
+    output: str,
+    *,
+    score_threshold: float = 0.5,
+    size: int | None = None,
+    overlap: float | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    stretch: str | None = None,
+) -> Predictions:
+    """Run a detector over scenes and write the boxes, on the map where it can be.
 
     Args:
-        found: from `predict_scene`.
-        class_names: index = label, the background first.
-        path: file to write; it appears whole or not at all.
-        transform: (a, b, c, d, e, f), x = a * column + b * row + c and
-            y = d * column + e * row + f, as rasterio's `dataset.transform`. Without it
-            the polygons are in pixels of the scene, y downwards.
-        image_id: the scene's file name.
-        type_ids: xView's id of label 1, 2, ...: `list(classes.read_classes())`.
-        crs: of the coordinates after `transform`, such as
-            "urn:ogc:def:crs:EPSG::32616". GeoJSON without it means longitude, latitude.
+        scenes: files, folders of pictures (`SCENES`), patterns such as
+            "scenes/**/*.tif", or URLs of TIFFs, see `scenes.open_scene`.
+        checkpoint: written by `e2e_utils.train`; it tells the classes.
+        output: .geojson, .gpkg, .parquet (longitude, latitude) or .json (COCO results,
+            pixels). With {scene} in it a file each, .gpkg and .parquet in its own CRS.
+        score_threshold: drop boxes below, 0..1; to score them take 0.05 or less.
+        size: side of the tiles in pixels; the checkpoint's by default.
+        overlap: of the tiles, 0..1; the checkpoint's by default.
+        batch_size: tiles a forward pass.
+        device: "cpu", "cuda" or "cuda:1"; a GPU if there is one by default.
+        stretch: for TIFFs of more than 8 bits, see `predict_scene`.
 
     Returns:
-        {"type": "FeatureCollection", "features": [...]}. A feature is a polygon and
-        its properties "bounds_imcoords" ("x1,y1,x2,y2", whole pixels), "label",
-        "class_name", "score", and "image_id" and "type_id" if they are given.
+        Predictions; print it.
+
+    Raises:
+        FailedScenes: scenes could not be read; the boxes of all others are written.
+        ValueError, OSError: no scene, no checkpoint, or what `output_files` refuses.
     """
-    a, b, c, d, e, f = (float(v) for v in tuple(transform or (1, 0, 0, 0, 1, 0))[:6])
-    boxes = np.asarray(found["boxes_xyxy"], np.float64).reshape(-1, 4)
-    corners = [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]  # closed, x1 y1 first
-    if a * e < b * d:  # the outer ring of a polygon runs counterclockwise
-        corners = [0, 1, 0, 3, 2, 3, 2, 1, 0, 1]
-    column, row = boxes[:, corners[::2]], boxes[:, corners[1::2]]
-    rings = np.stack([a * column + b * row + c, d * column + e * row + f], axis=2)
-    features = []
-    for ring, bounds, label, name, score in zip(
-        rings.tolist(),
-        boxes.round().astype(int).tolist(),
-        found["labels"].tolist(),
-        _names(found["labels"], class_names),
-        found["scores"].tolist(),
-        strict=True,
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
+    urls = {str(url).split("://")[1]: url for url in scenes if is_url(url)}
+    files = [scene for scene in scenes if not is_url(scene)]
+    paths = urls | (find_files(files, SCENES) if files else {})
+    places = {name: read_georeference(path) for name, path in paths.items()}
+    for file in output_files(output, places):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    model, meta = model_from_checkpoint(checkpoint, find_device(device))
+    size = meta.get("tile_size") if size is None else size
+    overlap = meta.get("overlap") if overlap is None else overlap
+    if size is None or overlap is None:
+        raise ValueError(f"{checkpoint} has no tile_size, overlap: give both")
+    options: dict = {"batch_size": batch_size, "score_threshold": score_threshold}
+    options |= {
+        "class_names": meta["class_names"],
+        "progress": True,
+        "stretch": stretch,
+    }
+    done = Predictions({})
+    for name, path in tqdm(
+        paths.items(), "scenes", unit="scene", disable=len(paths) < 2
     ):
-        properties = {
-            "bounds_imcoords": ",".join(map(str, bounds)),
-            "label": label,
-            "class_name": name,
-            "score": score,
-            "image_id": image_id,
-            "type_id": type_ids[label - 1] if type_ids is not None else None,
-        }
-        properties = {key: v for key, v in properties.items() if v is not None}
-        polygon = {"type": "Polygon", "coordinates": [ring]}
-        features.append(
-            {"type": "Feature", "properties": properties, "geometry": polygon}
-        )
-    content: dict = {"type": "FeatureCollection"}
-    if crs is not None:
-        content["crs"] = {"type": "name", "properties": {"name": crs}}
-    content["features"] = features
-    if path is not None:
-        save_json(content, path)
-    return content
+        try:
+            done.found[name] = predict_scene(model, path, size, overlap, **options)
+        except (OSError, ValueError) as error:
+            done.failed[name] = str(error)
+    if done.found:
+        ids = meta.get("category_ids")
+        done.files = write_boxes(output, done.found, ids)
+    if done.failed:
+        raise FailedScenes(done)
+    return done
 
 
-def save_json(content: dict | list, path: str | Path) -> Path:
-    """Write GeoJSON or COCO results to a file that appears whole or not at all."""
-    path = Path(path)
-    write_file(path, [json.dumps(content).encode()])
-    return path
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of `predict_files`."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="python -m e2e_utils.predict")
+    parser.add_argument("scenes", nargs="+", help="files, folders, patterns or URLs")
+    parser.add_function_arguments(predict_files, skip={"scenes"}, as_positional=False)
+    options = parser.parse_args(arguments).as_dict()
+    try:
+        print(predict_files(**options))
+    except (FailedScenes, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

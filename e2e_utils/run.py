@@ -1,7 +1,8 @@
 """A training run: set up once, resumed where it stopped, saved whole.
 
 Copy: this file, checkpoint.py, files.py, config.py, data.py, coco.py, sampling.py,
-models.py, backbones.py, efficientnet_lite.py, autocast.py, hardware.py and optim.py.
+scenes.py, images.py, stretch.py, models.py, backbones.py, efficientnet_lite.py,
+autocast.py, hardware.py and optim.py.
 
 `train.fit` goes on from here, and so does a loop of another framework: it takes the
 model, the optimizer, the data and the precision of a `Run`, and leaves the rest.

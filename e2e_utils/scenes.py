@@ -1,132 +1,322 @@
-"""The pixels of a scene: TIFF, PNG and JPEG, read strictly.
+"""Scenes of any kind by one door: TIFF by rasterio, PNG and JPEG by images.py.
 
-Copy: this file.
+Copy: this file, images.py and stretch.py.
+
+One rule for every reader, be it of scenes, of tiles or of the server:
+
+- Pixels are RGB. Grey becomes R = G = B, a palette its colours, CMYK, YCbCr and Lab
+  are converted; alpha and a fourth band are left out, never multiplied in.
+- A file that its orientation tag turns is refused.
+- Of several pages of a TIFF the largest is the scene. Parts that a sparse TIFF lacks
+  are 0 or its nodata value; a truncated or corrupt file is refused.
+- More than 8 bits are refused unless a `Stretch` says what becomes 0 and 255.
+- Nothing but the file itself is opened: no sidecar files, no VRT, and for a file of
+  this machine nothing over the network, whatever the environment says.
+
+rasterio and tifffile are imported for a TIFF alone: training on JPEG does without.
 """
 
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import tifffile
+
+from .images import ORIENTATION, check_upright, open_image
+from .stretch import Stretch, read_stretch, rgb_bands
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+STRIP_PIXELS = 1 << 24  # that `Scene.tiles` reads at a time
+_PAGES = 100  # of a TIFF that are looked at
+
+_GDAL: dict[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no sidecar files
+    "GDAL_PAM_ENABLED": "NO",  # no .aux.xml
+    "GTIFF_IGNORE_READ_ERRORS": "NO",
+    "GDAL_CACHEMAX": 256,  # MB of decoded blocks, all files together
+}
+# a TIFF can name a URL as the place of its overviews
+_LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": "none"}
+_URLS = {"s3://": "/vsis3/", "gs://": "/vsigs/", "az://": "/vsiaz/"}
+_URLS |= {f"{scheme}://": f"/vsicurl/{scheme}://" for scheme in ("http", "https")}
 
 
-def _read_tiff(path: Path, header_only: bool = False) -> Any:
-    with tifffile.TiffFile(path) as tiff:
-        page: Any = tiff.pages[0]  # a TiffPage: the first always is
-        bands_first = page.ndim == 3 and page.planarconfig == 2
-        shape = page.shape[1:] if bands_first else page.shape
-        if header_only:
-            return shape[:2]
-        parts = zip(page.dataoffsets, page.databytecounts, strict=True)
-        end, there = max(start + n for start, n in parts), path.stat().st_size
-        if end > there:
-            raise ValueError(f"truncated: {there} of at least {end} bytes are there")
-        if page.tags.valueof(274, 1) != 1:
-            raise ValueError("its orientation tag rotates it; store it upright")
-        if page.is_memmappable:
-            bands = np.asarray(tifffile.memmap(path, page=0, mode="r"))
-        else:
-            # cv2 is faster on LZW but returns corrupt data as if it were a picture
-            bands = page.asarray()
-    return np.ascontiguousarray(np.moveaxis(bands, 0, -1)) if bands_first else bands
+@dataclass(frozen=True)
+class Scene:
+    """An open scene, see `open_scene`."""
+
+    name: str  # what messages call it
+    height: int
+    width: int
+    dtype: str  # as stored
+    window: Callable[..., np.ndarray]  # x1, y1, x2, y2 -> (h, w, 3) of `bands`
+    held: int  # bytes of decoded pixels in memory, whatever window is read
+    colours: tuple[str, ...] = ("red", "green", "blue")  # of all bands, GDAL's words
+    bands: tuple[int, ...] | None = (1, 2, 3)  # that are red, green, blue; from 1
+    stretch: Stretch | None = None
+    nodata: float | None = None
+    crs: Any = None  # a rasterio.crs.CRS
+    transform: Any = None  # an affine.Affine from column, row to coordinates of the CRS
+
+    def check(self) -> None:
+        """Raises what `read` raises of the header alone."""
+        found = f"{self.name}: {len(self.colours)} band(s) of {self.dtype}"
+        if self.bands is None:
+            raise ValueError(
+                f"{found}: say which are red, green, blue: bands=(3, 2, 1)"
+            )
+        if "complex" in self.dtype or self.dtype != "uint8" and not self.stretch:
+            raise ValueError(
+                f"{found} where uint8 is needed: convert.tif_to_rgb makes it of a TIFF "
+                "with a percentile, and records the stretch that prediction takes"
+            )
+
+    def stored(
+        self, x1: int = 0, y1: int = 0, x2: int | None = None, y2: int | None = None
+    ) -> np.ndarray:
+        """As `read`, but (h, w, 3) of the values as they are stored."""
+        right = self.width if x2 is None else min(x2, self.width)
+        bottom = self.height if y2 is None else min(y2, self.height)
+        with _named(self.name):
+            return self.window(max(0, x1), max(0, y1), right, bottom)
+
+    def read(self, *window: int) -> np.ndarray:
+        """Pixels of a window x1, y1, x2, y2, clipped to the scene; of all without one.
+
+        Returns:
+            uint8 (h, w, 3), RGB, perhaps read-only.
+
+        Raises:
+            ValueError: truncated or corrupt, more than 8 bits without a stretch, or
+                bands that no rule makes RGB; the message names the file.
+        """
+        self.check()
+        stored = self.stored(*window)
+        return self.stretch.apply(stored, self.nodata) if self.stretch else stored
+
+    def tiles(self, boxes: Iterable[Iterable[int]]) -> Iterator[np.ndarray]:
+        """The pixels of boxes x1, y1, x2, y2 in ascending y1, by few large reads."""
+        top = bottom = 0
+        for x1, y1, x2, y2 in boxes:
+            if y2 > bottom:
+                bottom = max(y2, y1 + STRIP_PIXELS // self.width)
+                strip, top = self.read(0, y1, self.width, bottom), y1
+            yield strip[y1 - top : y2 - top, x1:x2]
 
 
-def _read_other(path: Path, head: bytes, header_only: bool = False) -> Any:
-    png = head.startswith(PNG_MAGIC)
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        tail = file.read()
-    # cv2 fills what a truncated JPEG lacks with grey, so look for its end marker
-    if not (tail.endswith(PNG_END) if png else b"\xff\xd9" in tail):
-        raise ValueError("truncated or corrupt")
-    if png and header_only:
-        return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
-    flags = cv2.IMREAD_UNCHANGED if png else cv2.IMREAD_COLOR
-    bgr = cv2.imread(str(path), flags)
-    if bgr is None:
-        raise ValueError("truncated or corrupt")
-    if header_only:
-        return bgr.shape[:2]
-    if bgr.ndim == 3:
-        code = cv2.COLOR_BGR2RGB if bgr.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
-        cv2.cvtColor(bgr, code, dst=bgr)
-    return bgr
-
-
-def read_bands(path: str | Path, header_only: bool = False) -> Any:
-    """Read a TIFF, PNG or JPEG scene as it is stored, bands last.
+@contextmanager
+def open_scene(
+    source: str | Path | bytes | np.ndarray,
+    *,
+    bands: tuple[int, ...] | None = None,
+    stretch: Stretch | str | Path | None = None,
+) -> Iterator[Scene]:
+    """Open a scene; its pixels are decoded when they are read.
 
     Args:
-        path: image file. Uncompressed contiguous TIFFs are mapped, not read: only the
-            pixels that are touched come from the disk.
-        header_only: return only (height, width); a JPEG is decoded for it, the others
-            are not.
+        source: path of a TIFF, PNG or JPEG; the bytes of such a file; an array, uint8
+            (H, W, 3); or the URL (s3://, gs://, az://, https://, http://) of a TIFF,
+            which GDAL reads by ranges, with the credentials of the environment. Of a
+            URL the orientation tag is not looked at, and the first page is the scene.
+        bands: of red, green and blue in a TIFF, from 1. Left out, those that the file
+            calls so, else the first three of three or four.
+        stretch: a record of how more than 8 bits become 8, or its path. It has bands.
 
-    Returns:
-        (H, W) or (H, W, bands) of the stored dtype, perhaps read-only; or (height,
-        width).
+    Yields:
+        Scene, for this thread alone.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, truncated or corrupt; the message names the file.
+        ValueError: none of these, or refused by a rule above; the message names the
+            file and what it holds.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        magic = file.read(24)
+    if isinstance(stretch, (str, Path)):
+        stretch = read_stretch(stretch)
+    bands = stretch.bands if stretch else bands
+    with ExitStack() as stack:
+        name = "the picture" if isinstance(source, (bytes, np.ndarray)) else str(source)
+        with _named(name):
+            if isinstance(source, np.ndarray):
+                scene = _open_array(source)
+            elif is_url(source):
+                kind = name[: name.index("://") + 3]
+                path = _URLS[kind] + name.removeprefix(kind)
+                scene = _open_raster(path, name, bands, stretch, stack, _GDAL)
+            elif is_tiff(source):
+                scene = _open_tiff(source, name, bands, stretch, stack)
+            else:
+                scene = _open_other(source, name, bands, stretch)
+        yield scene
+
+
+def read_rgb(source: str | Path | bytes, **options: Any) -> np.ndarray:
+    """All pixels of a scene as uint8 (H, W, 3), perhaps read-only; see `open_scene`.
+
+    An uncompressed TIFF with its bands last is mapped, not read: only the pixels that
+    are touched come from the disk.
+    """
+    with open_scene(source, **options) as scene:
+        return scene.read()
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of a scene by its header, with the errors of `open_scene`."""
+    with _named(str(path)):
+        if not is_url(path) and is_tiff(path):
+            import tifffile
+
+            with tifffile.TiffFile(path) as tiff:
+                page = _largest_page(tiff)[1]
+                return page.imagelength, page.imagewidth
+    with open_scene(path) as scene:
+        return scene.height, scene.width
+
+
+def is_url(source: object) -> bool:
+    """Whether a string names a file that GDAL reads over the network."""
+    return isinstance(source, str) and source.startswith(tuple(_URLS))
+
+
+def is_tiff(source: str | Path | bytes) -> bool:
+    """Whether a file, or the bytes of one, begin as a TIFF does."""
+    if isinstance(source, bytes):
+        return source.startswith(TIFF_MAGIC)
+    with open(source, "rb") as file:
+        return file.read(4).startswith(TIFF_MAGIC)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Decoders raise many kinds of errors; all mean a file that cannot be read."""
     try:
-        if magic.startswith(TIFF_MAGIC):
-            return _read_tiff(path, header_only)
-        if not magic.startswith((PNG_MAGIC, b"\xff\xd8\xff")):
-            raise ValueError("it is no TIFF, PNG or JPEG")
-        return _read_other(path, magic, header_only)
-    except Exception as error:  # decoders raise many kinds; all mean an unreadable file
-        raise ValueError(f"{path}: cannot be read as a scene: {error}") from error
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as a scene: {error}") from error
 
 
-def read_rgb(path: str | Path, percentile: float | None = None) -> np.ndarray:
-    """Read a scene as RGB; see `read_bands` for the files and errors.
-
-    Args:
-        path: image file.
-        percentile: scale a scene that is not 8 bit, each band from its percentiles p
-            and 100 - p to 0..255; left out, it is refused.
-
-    Returns:
-        uint8 (H, W, 3), perhaps read-only. A fourth band (alpha, near infrared) is
-        left out, never multiplied in.
-
-    Raises:
-        ValueError: not 8 bit, or not 3 or 4 bands; the message names the file.
-    """
-    bands = read_bands(path)
-    found = bands.shape[2] if bands.ndim == 3 else 1
-    if found in (3, 4) and bands.dtype == np.uint8:
-        return bands[..., :3]
-    if found not in (3, 4) or percentile is None:
+def _open_array(pixels: np.ndarray) -> Scene:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(
-            f"{path}: {found} band(s) of {bands.dtype} where 3 or 4 bands of uint8 are "
-            "needed; convert.tif_to_rgb scales 16-bit scenes with its percentile"
+            f"an image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}"
         )
-    rgb = bands[..., :3]
-    low, high = np.percentile(rgb, (percentile, 100 - percentile), axis=(0, 1))
-    low, high = low.astype(np.float32), np.maximum(high, low + 1).astype(np.float32)
-    return np.clip(np.rint((rgb - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
+    (height, width, _), size = pixels.shape, pixels.nbytes
+    window = lambda x1, y1, x2, y2: pixels[y1:y2, x1:x2]  # noqa: E731
+    return Scene("the image", height, width, "uint8", window, size)
 
 
-def read_window(path: str | Path, x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
-    """Read the pixels x1 <= x < x2, y1 <= y < y2 of a scene, clipped to the scene.
+def _open_other(source: Any, name: str, bands: Any, stretch: Stretch | None) -> Scene:
+    if bands or stretch:
+        raise ValueError("bands and a stretch are taken for a TIFF alone")
+    source = source if isinstance(source, bytes) else Path(source)
+    (height, width), dtype, decode = open_image(source)
+    window = lambda x1, y1, x2, y2: decode()[y1:y2, x1:x2]  # noqa: E731
+    return Scene(name, height, width, dtype, window, height * width * 3)
 
-    Memory stays at the window for uncompressed TIFFs; other files are decoded whole.
 
-    Returns:
-        uint8 (h, w, 3), contiguous and writable.
-    """
-    return read_rgb(path)[max(0, y1) : y2, max(0, x1) : x2].copy()
+def _largest_page(tiff: Any) -> tuple[int, Any]:
+    """(number from 1, page); the first of equals: others are its mask, or a series."""
+    pages = enumerate(islice(tiff.pages, _PAGES), 1)
+    return max(pages, key=lambda row: row[1].imagewidth * row[1].imagelength)
+
+
+def _open_tiff(
+    source: Any, name: str, bands: Any, stretch: Stretch | None, stack: ExitStack
+) -> Scene:
+    """A TIFF of this machine."""
+    import rasterio
+    import tifffile
+
+    memory = isinstance(source, bytes)
+    with tifffile.TiffFile(io.BytesIO(source) if memory else source) as tiff:
+        number, page = _largest_page(tiff)
+        check_upright(page.tags.valueof(ORIENTATION, 1))
+        parts = zip(page.dataoffsets, page.databytecounts, strict=True)
+        end = max((start + size for start, size in parts), default=0)
+        there = tiff.filehandle.size
+        if end > there:
+            raise ValueError(f"truncated: {there} of at least {end} bytes are there")
+        plain = page.is_memmappable and page.dtype == np.uint8 and page.ndim == 3
+        plain = plain and page.planarconfig == 1 and page.photometric in (1, 2)
+        offset, shape = page.dataoffsets[0] if plain else 0, page.shape
+    if memory:
+        path = stack.enter_context(rasterio.MemoryFile(source)).name
+    else:
+        path = str(Path(source).absolute())
+    path = f"GTIFF_DIR:{number}:{path}" if number > 1 else path
+    scene = _open_raster(path, name, bands, stretch, stack, _LOCAL)
+    if not plain or scene.bands != (1, 2, 3):
+        return scene
+
+    def mapped(x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
+        # anew for each window: a mapping keeps every page that it has touched
+        if memory:
+            flat = np.frombuffer(source, np.uint8, int(np.prod(shape)), offset)
+            return flat.reshape(shape)[y1:y2, x1:x2, :3]
+        return np.memmap(source, np.uint8, "r", offset, shape)[y1:y2, x1:x2, :3]
+
+    return replace(scene, window=mapped, held=0)
+
+
+def _open_raster(
+    path: str,
+    name: str,
+    bands: Any,
+    stretch: Stretch | None,
+    stack: ExitStack,
+    options: dict[str, Any],
+) -> Scene:
+    """A TIFF as GDAL reads it, by no other driver; the options hold until it closes."""
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+    # a picture that lies nowhere on Earth is no mistake here
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    stack.enter_context(rasterio.Env(**options))
+    data = stack.enter_context(rasterio.open(path, driver="GTiff"))
+    colours = tuple(colour.name for colour in data.colorinterp)
+    chosen, dtype = rgb_bands(colours, bands), data.dtypes[0]
+    palette = None
+    if chosen == (1, 1, 1) and colours[0] == "palette":
+        table = data.colormap(1)
+        palette, dtype = np.zeros((max(table) + 1, 3), np.uint8), "uint8"
+        for value, colour in table.items():
+            palette[value] = colour[:3]
+    elif bits := data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):
+        dtype = f"uint{bits}"  # of 8 or 16, and not scaled up
+
+    def window(x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
+        part = (y1, y2), (x1, x2)
+        pixels = np.empty((y2 - y1, x2 - x1, 3), data.dtypes[0])
+        try:
+            data.read(chosen, out=pixels.transpose(2, 0, 1), window=part)
+        except RasterioError as error:  # GDAL's own words begin with the file's name
+            reason = str(error.__cause__ or error).split(": ", 1)[-1]
+            raise ValueError(f"truncated or corrupt: {reason}") from error
+        return pixels if palette is None else palette[pixels[..., 0]]
+
+    rows, columns = data.block_shapes[0]
+    bytes_a_pixel = data.count * np.dtype(data.dtypes[0]).itemsize
+    return Scene(
+        name=name,
+        height=data.height,
+        width=data.width,
+        dtype=dtype,
+        window=window,
+        held=rows * max(columns, data.width) * bytes_a_pixel,
+        colours=colours,
+        bands=chosen,
+        stretch=stretch,
+        nodata=data.nodata,
+        crs=data.crs,
+        transform=None if data.transform.is_identity else data.transform,
+    )
 
 
 class FailedScenes(RuntimeError):

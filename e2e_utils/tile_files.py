@@ -3,7 +3,7 @@
 The manifest is written before the tiles that it names. So whatever a killed run leaves
 is known to the next one, which keeps what it needs and removes the rest.
 
-Copy: this file, coco.py, scenes.py and files.py.
+Copy: this file, coco.py, scenes.py, images.py, stretch.py and files.py.
 """
 
 import os
@@ -15,7 +15,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from .coco import Image
 from .files import write_file
-from .scenes import read_rgb
+from .scenes import open_scene
 
 QUALITY = 75  # of a JPEG; with 4:2:0 it gives the bytes of Pillow's save
 Tiles = dict[str, list[int]]  # file name: x1, y1, x2, y2 in scene pixels
@@ -56,7 +56,7 @@ def write_tiles(
     """Cut scenes into JPEG files; a scene whose tiles are all there is not read.
 
     Args:
-        image_dir: folder of the scenes, see `read_rgb`.
+        image_dir: folder of the scenes, see `scenes.open_scene`.
         tile_dir: folder of the tiles, after `start_manifest`.
         jobs: scenes as the COCO file lists them, and the tiles of each.
         title: of the progress bar.
@@ -97,17 +97,17 @@ def _is_whole(path: Path) -> bool:
 
 
 def _cut(path: Path, image: Image, tiles: Tiles, tile_dir: Path) -> None:
-    pixels, bgr = read_rgb(path), None
-    height, width = pixels.shape[:2]
-    if (height, width) != (image.height, image.width):
-        raise ValueError(
-            f"{path}: {width} x {height} pixels, but the COCO file says "
-            f"{image.width} x {image.height}"
-        )
-    for name, (x1, y1, x2, y2) in tiles.items():
-        bgr = cv2.cvtColor(pixels[y1:y2, x1:x2], cv2.COLOR_RGB2BGR, dst=bgr)
-        jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-        temporary = f"{tile_dir}/.{name}.part"  # lighter than write_file
-        with open(temporary, "wb") as file:
-            file.write(jpeg.data)
-        os.replace(temporary, f"{tile_dir}/{name}")
+    bgr = None
+    with open_scene(path) as scene:
+        if (scene.height, scene.width) != (image.height, image.width):
+            raise ValueError(
+                f"{path}: {scene.width} x {scene.height} pixels, but the COCO file "
+                f"says {image.width} x {image.height}"
+            )
+        for name, rgb in zip(tiles, scene.tiles(tiles.values()), strict=True):
+            bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR, dst=bgr)
+            jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
+            temporary = f"{tile_dir}/.{name}.part"  # lighter than write_file
+            with open(temporary, "wb") as file:
+                file.write(jpeg.data)
+            os.replace(temporary, f"{tile_dir}/{name}")

@@ -1,6 +1,7 @@
 """A COCO data set of scenes cut into a COCO data set of tiles.
 
-Copy: this file, grid.py, coco.py, tile_files.py, scenes.py and files.py.
+Copy: this file, grid.py, coco.py, tile_files.py, scenes.py, images.py, stretch.py
+and files.py.
 
 `slice_coco` has the grid, names, annotations and JPEG bytes of
 `sahi.slicing.slice_coco` (0.12.8).
@@ -200,7 +201,7 @@ def slice_coco(
     the manifest: tiles of other settings, or of a scene that has changed, are removed.
 
     Args:
-        image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.read_rgb`.
+        image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.open_scene`.
         coco_json: COCO file of the scenes; bbox is x, y, w, h in scene pixels.
         output_dir: made if it is not there.
         split: name in the outputs; the stem of `coco_json` if left out.

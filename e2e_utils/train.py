@@ -11,8 +11,8 @@ What a loop says goes through three plain callables: report(metrics, step), save
 and should_stop(); the platforms hang theirs on these.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
-sampling.py, models.py, backbones.py, efficientnet_lite.py, autocast.py, hardware.py,
-optim.py, evaluate.py and truth.py.
+sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
+efficientnet_lite.py, autocast.py, hardware.py, optim.py, evaluate.py and truth.py.
 """
 
 from __future__ import annotations

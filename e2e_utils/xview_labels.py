@@ -59,7 +59,8 @@ def read_labels(
 
     Args:
         path: xView_train.geojson.
-        files: the scenes; a label's `image_id` is the name of one.
+        files: the scenes; a label's `image_id` is the name of one, or this name with
+            another ending of a TIFF.
         classes: {type_id: (category_id, name)}, see `classes.read_classes`.
         cat_ids: read `cat_id` too, which a grouped split asks for.
 
@@ -76,7 +77,8 @@ def read_labels(
     except (ValueError, msgspec.DecodeError) as error:
         raise ValueError(f"{path}: not xView's label file: {error}") from error
     rows = [feature.properties for feature in whole.features]
-    number = {file.name: i for i, file in enumerate(files)}
+    endings = (".tif", ".tiff", ".TIF", ".TIFF")  # of one scene, whoever renamed it
+    number = {f"{f.stem}{end}": i for i, f in enumerate(files) for end in endings}
     category = {type_id: new for type_id, (new, _) in classes.items()}
     bounds = [_parse_bounds(row.bounds_imcoords) for row in rows]
     numbers = chain.from_iterable(four or (0,) * 4 for four in bounds)

@@ -21,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import tifffile
+import rasterio
+from rasterio.transform import Affine
 from tqdm.auto import tqdm
 
 from . import scene
@@ -38,10 +39,12 @@ CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
 def draw_dataset(output_dir: str | Path, scenes: int = 12, seed: int = 0) -> Path:
     """Draw `scenes` scenes and their labels into `output_dir`; return its path.
 
-    Writes `train_images/<number>.tif` (uint8 RGB, uncompressed, 1,000 to 1,400 px a
-    side, about 4.5 MB each, 0.3 m a pixel) and `xView_train.geojson`, whose features
-    have the properties of the real file. `bounds_imcoords` is "x1,y1,x2,y2" in whole
-    pixels: the box of the object without its shadow.
+    Writes `train_images/<number>.tif` (GeoTIFF in EPSG:4326, uint8 RGB, uncompressed,
+    1,000 to 1,400 px a side, about 4.5 MB each, 0.3 m a pixel) and
+    `xView_train.geojson`, whose features have the properties of the real file.
+    `bounds_imcoords` is "x1,y1,x2,y2" in whole pixels: the box of the object without
+    its shadow. The polygon is the same box in longitude and latitude, by the transform
+    of its scene.
 
     The defects of the real file are there too: each labelled scene has one label with
     type_id 75, one with 82, one box wholly outside, one of zero area and one empty
@@ -51,7 +54,7 @@ def draw_dataset(output_dir: str | Path, scenes: int = 12, seed: int = 0) -> Pat
 
     A scene depends on its place in the series and on `seed` alone, not on `scenes`.
     The same arguments give the same bytes with the same versions of numpy, opencv and
-    tifffile. Files appear whole or not at all; a folder that is complete already is
+    rasterio. Files appear whole or not at all; a folder that is complete already is
     left as it is.
 
     Raises ValueError for `scenes` < 1 or `seed` < 0, FileExistsError if the folder
@@ -124,7 +127,7 @@ def _draw(root: Path, scenes: int, seed: int) -> None:
     features = []
     for index, name in enumerate(tqdm(names[:scenes], "Drawing", unit="scene")):
         image, objects = scene.draw_scene(index, seed)
-        _write(root, name, image)
+        _write(root, name, (image, place(index, seed)[1]))
         features += scene_features(index, seed, objects, *image.shape[:2])
     for i in range(3):
         box = [300 + 40 * i, 420, 316 + 40 * i, 428]
@@ -137,21 +140,30 @@ def _draw(root: Path, scenes: int, seed: int) -> None:
     _write(root, STAMP, _dump({**stamp, "files": sizes}))
 
 
+def place(index: int, seed: int) -> tuple[str, Affine]:
+    """The pass that a scene was cut from (`cat_id`), and where it lies.
+
+    The transform takes (column, row) to (longitude, latitude). Scenes of one pass lie
+    side by side.
+    """
+    strip = scene.strip_of(index)
+    rng = np.random.default_rng(np.random.SeedSequence((seed, 4, strip)))
+    lon, lat = rng.uniform(-100, 100), rng.uniform(-40, 55)
+    step = METRES_PER_PIXEL / METRES_PER_DEGREE
+    along = step / math.cos(math.radians(lat))
+    west = lon + 1600 * index * along
+    cat_id = f"1040010{int(rng.integers(16**9)):09X}"
+    return cat_id, Affine(along, 0, west, 0, -step, lat)
+
+
 def _feature(
     index: int, seed: int, number: int, image: str, type_id: int, box: list | None
 ) -> dict:
-    strip = scene.strip_of(index)
-    rng = np.random.default_rng(np.random.SeedSequence((seed, 4, strip)))
-    lon0, lat0 = rng.uniform(-100, 100), rng.uniform(-40, 55)
-    cat_id = f"1040010{int(rng.integers(16**9)):09X}"
-    lat_step = METRES_PER_PIXEL / METRES_PER_DEGREE
-    lon_step = lat_step / math.cos(math.radians(lat0))
+    cat_id, transform = place(index, seed)
 
     def lonlat(x: float, y: float) -> list[float]:
-        return [
-            round(lon0 + (x + 1600 * index) * lon_step, 9),
-            round(lat0 - y * lat_step, 9),
-        ]
+        lon = transform.c + x * transform.a
+        return [round(lon, 9), round(transform.f + y * transform.e, 9)]
 
     x1, y1, x2, y2 = box or (100, 100, 115, 107)
     ring = [(x1, y2), (x1, y1), (x2, y1), (x2, y2), (x1, y2)]
@@ -168,7 +180,7 @@ def _feature(
         "image_id": image,
         "point_geom": middle.hex().upper(),
         "feature_id": 1000 + 5000 * index + number,
-        "grid_file": f"Grid{1 + strip % 2}.shp",
+        "grid_file": f"Grid{1 + scene.strip_of(index) % 2}.shp",
     }
     geometry = {"type": "Polygon", "coordinates": [[lonlat(*p) for p in ring]]}
     return {"type": "Feature", "properties": properties, "geometry": geometry}
@@ -189,7 +201,7 @@ def _apple_double() -> bytes:
 def _made_with() -> dict[str, str]:
     sources = sorted(Path(__file__).parent.glob("*.py"))
     code = b"".join(path.read_bytes() for path in sources)
-    libraries = {n: version(n) for n in ("numpy", "opencv-python-headless", "tifffile")}
+    libraries = {n: version(n) for n in ("numpy", "opencv-python-headless", "rasterio")}
     return {"code": hashlib.sha256(code).hexdigest()[:16], **libraries}
 
 
@@ -206,13 +218,20 @@ def _dump(value: dict) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _write(root: Path, name: str, content: bytes | np.ndarray) -> None:
-    """Write bytes or an image beside its place, then rename it into place."""
+def _write(root: Path, name: str, content: bytes | tuple[np.ndarray, Affine]) -> None:
+    """Write bytes, or a scene and its place, beside its path; then rename it there."""
     partial = root / f".part.{Path(name).name}"
     if isinstance(content, bytes):
         partial.write_bytes(content)
     else:
-        tifffile.imwrite(partial, content, photometric="rgb", metadata=None)
+        pixels, transform = content
+        height, width, bands = pixels.shape
+        kind = {"driver": "GTiff", "dtype": "uint8", "count": bands}
+        kind |= {"interleave": "pixel", "photometric": "rgb"}
+        where = {"crs": "EPSG:4326", "transform": transform}
+        size = {"height": height, "width": width}
+        with rasterio.open(partial, "w", **kind, **size, **where) as file:
+            file.write(np.moveaxis(pixels, 2, 0))
     os.replace(partial, root / name)
 
 

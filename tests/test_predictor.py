@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import rasterio
 import requests
 import tifffile
 import torch
@@ -28,6 +29,7 @@ from fastapi import FastAPI
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from PIL import Image
+from rasterio.transform import Affine
 from servers import (
     MODEL,
     ask_v1,
@@ -47,7 +49,8 @@ from servers import (
 from serving import NAMES, ROOT, decode, jpeg
 
 from e2e_utils.checkpoint import model_from_checkpoint
-from e2e_utils.predict import predict_image, predict_scene, to_geojson
+from e2e_utils.georeference import read_georeference, to_geojson
+from e2e_utils.predict import predict_image, predict_scene
 from kserve_utils.client import predict_remote
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
@@ -199,15 +202,29 @@ def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
 
 
 @pytest.mark.slow
-def test_a_scene_comes_as_geojson_too(predicted, scene):
+@pytest.mark.parametrize("placed", [False, True])
+def test_geojson_is_in_degrees_if_the_file_tells_its_place_else_says_pixels(
+    predicted, scene, tmp_path, placed
+):
+    if placed:
+        pixels, crs = np.moveaxis(tifffile.imread(scene), -1, 0), "EPSG:32616"
+        kind = {"count": 3, "height": 500, "width": 700, "dtype": "uint8", "crs": crs}
+        transform = Affine(0.3, 0, 500_000, 0, -0.3, 4_000_000)
+        scene = tmp_path / "placed.tif"
+        with rasterio.open(scene, "w", transform=transform, **kind) as file:
+            file.write(pixels)
     content, parameters = scene.read_bytes(), {**FINE, "geojson": True}
     answer = boxes_v2(ask_v2(predicted, content, parameters=parameters).json())
-    features = json.loads(answer.pop("geojson")[0])["features"]
-    expected = to_geojson(answer, NAMES)["features"]
-    assert len(features) == len(expected) > 10 and features[0] == expected[0]
-    body = {**instance(content), "parameters": parameters}
+    of_scene = json.loads(answer.pop("geojson")[0])
+    place = read_georeference(scene)
+    assert of_scene == to_geojson({**answer, "georeference": place})
+    assert len(of_scene["features"]) > 10 and (place is not None) == placed
+    body = {**instance(content), "parameters": {"geojson": True}}  # as one picture
     (first,) = ask_v1(predicted, body).json()["predictions"]
-    assert first["type"] == "FeatureCollection"
+    for collection in (of_scene, first):
+        assert collection.get("unit") == (None if placed else "pixel")
+        ring = np.array(collection["features"][0]["geometry"]["coordinates"][0])
+        assert (abs(ring - (-87, 36.14)).max() < 0.01) == placed
 
 
 @pytest.mark.slow
@@ -633,7 +650,7 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
 
 
 CORE = ("autocast", "backbones", "boxes", "checkpoint", "config")
-CORE += ("efficientnet_lite", "files", "grid")
+CORE += ("efficientnet_lite", "files", "georeference", "grid")
 CORE += ("hardware", "models", "predict", "scenes")
 
 

@@ -6,12 +6,16 @@ import random
 import runpy
 from collections import Counter
 
+import geopandas
 import numpy as np
 import pytest
 import tifffile
 from commands import python
+from test_predict import NAMES, BrightSquares
 
 from e2e_utils.classes import read_classes
+from e2e_utils.georeference import write_boxes
+from e2e_utils.predict import predict_scene
 from sample_data import canvas, dataset, open_land, quarters, scene, vehicles
 
 PROPERTIES = (
@@ -129,6 +133,32 @@ def test_features_have_the_fields_of_the_real_file(four):
     neighbours = {scene_name(0), scene_name(1)}  # in one strip, and apart in it
     assert any(neighbours <= scenes for scenes in strips.values())
     assert len({west[name] for name in neighbours}) == 2
+
+
+def test_predicted_polygons_are_those_of_the_labels_in_degrees(tmp_path, monkeypatch):
+    """Bright boxes, a detector that finds just these, and GDAL, which reads both."""
+    boxes = np.array([[20, 30, 61, 50], [90, 7, 104, 33], [150, 140, 199, 171]])
+    picture = np.full((200, 220, 3), 40, np.uint8)
+    for x1, y1, x2, y2 in boxes:
+        picture[y1:y2, x1:x2] = 255
+    drawn = picture, [(18, *box) for box in boxes.tolist()]
+    monkeypatch.setattr(scene, "draw_scene", lambda index, seed: drawn)
+    root = dataset.draw_dataset(tmp_path / "xview", scenes=2)
+    found = {}
+    for name in (scene_name(0), scene_name(1)):
+        path = root / "train_images" / name
+        found[name] = predict_scene(BrightSquares(), path, 300, 0.2, class_names=NAMES)
+        with tifffile.TiffFile(path) as tiff:  # read by windows
+            assert tiff.pages[0].is_memmappable
+    (path,) = write_boxes(tmp_path / "boxes.geojson", found)
+    predicted = geopandas.read_file(path).set_index("scene")
+    labels = geopandas.read_file(root / dataset.GEOJSON).set_index("image_id")
+    for name in found:
+        wanted = labels.loc[[name]].geometry.normalize().iloc[:3]
+        ours = predicted.loc[[name]].geometry.normalize()
+        assert len(ours) == 3
+        for polygon in wanted:
+            assert ours.geom_equals_exact(polygon, 2e-8).sum() == 1
 
 
 def test_every_defect_of_the_real_file_is_there(four, rows):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +21,21 @@ from PIL import Image
 from prometheus_client import Counter
 from torch import nn
 
-from e2e_utils.predict import predict_image, predict_scene, to_geojson
+from e2e_utils.georeference import to_geojson
+from e2e_utils.predict import predict_image, predict_scene
 
 from .admission import Admission, Limits
-from .pictures import check_picture, check_scene, check_sides, decode, scene_error
+from .pictures import (
+    check_picture,
+    check_scene,
+    check_sides,
+    check_size,
+    decode,
+    place_of,
+    scene_error,
+)
 from .protocol import OUTPUTS, Job, answer
-from .refusal import Refusal, bad
+from .refusal import Refusal
 
 PICTURES = Counter("predictor_pictures", "pictures answered", ["kind"])
 _SCENE_THRESHOLD = 0.05  # as predict_scene's own
@@ -133,9 +141,9 @@ class DetectorModel(Model):
         for index, picture in enumerate(job.pictures):
             if isinstance(picture, bytes):
                 check_picture(picture, most, job.where(index))
-            elif math.prod(picture.shape[:2]) > most:
+            else:
                 height, width, _ = picture.shape
-                raise bad(f"the picture has {width} x {height} pixels, at most {most}")
+                check_size(height, width, most, job.where(index))
 
     async def predict(self, payload: Job, headers: dict | None = None, *_: Any) -> Job:
         """Fill `payload.found`.
@@ -167,12 +175,15 @@ class DetectorModel(Model):
             if job.scene:
                 found = self._detect_scene(detector, picture, threshold)
             else:
+                place, where = None, job.where(index)
                 if isinstance(picture, bytes):
-                    most = self.meta["max_pixels"]
-                    picture = decode(picture, most, job.where(index))
+                    content = picture
+                    picture = decode(content, self.meta["max_pixels"], where)
+                    place = place_of(content, where) if job.geojson else None
                 found = predict_image(detector, picture, threshold, names)
+                found["georeference"] = place
             if job.geojson:
-                found["geojson"] = to_geojson(found, names)
+                found["geojson"] = to_geojson(found)
             job.found.append(found)
             PICTURES.labels(job.kind).inc()
         return job

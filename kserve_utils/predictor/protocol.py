@@ -274,7 +274,8 @@ def answer(job: Job, model_name: str) -> Any:
     V1: {"predictions": [[{class name: [x1, y1, x2, y2], "score": s}, ...], ...]}, with
     `geojson` a FeatureCollection in place of each list. A scene's answer says {"scene":
     true} too: a server that does not know the parameter would not. V2: `OUTPUTS`, and
-    "geojson" BYTES [1] if it was asked for.
+    "geojson" BYTES [1] if it was asked for. It is in longitude and latitude if the
+    picture's file tells its place, else in pixels and says so (`to_geojson`).
 
     Returns:
         (body, headers) of V1 and V2; a ModelInferResponse of gRPC.

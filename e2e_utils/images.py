@@ -1,0 +1,86 @@
+"""PNG and JPEG files, strictly, with the pixels that Pillow gives.
+
+Copy: this file.
+"""
+
+import io
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+ORIENTATION = 274  # tag of EXIF and of TIFF
+PNG_END, JPEG_END = b"\0\0\0\0IEND\xaeB`\x82", b"\xff\xd9"
+
+
+def check_upright(orientation: int) -> None:
+    """Refuse what a viewer turns: were its boxes drawn before or after the turn?"""
+    if orientation != 1:
+        raise ValueError(
+            f"its orientation tag, {orientation}, rotates it; store it upright"
+        )
+
+
+def open_image(
+    source: Path | bytes,
+) -> tuple[tuple[int, int], str, Callable[[], np.ndarray]]:
+    """Read the header of a PNG or JPEG.
+
+    Args:
+        source: its path, or its bytes.
+
+    Returns:
+        (height, width); "uint8" or "uint16" as its values are stored; a function that
+        decodes it, once, to uint8 (H, W, 3), RGB.
+
+    Raises:
+        ValueError, OSError, SyntaxError: no PNG or JPEG, or turned by its orientation
+            tag; the function raises them if it is truncated or corrupt.
+    """
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        head = file.read(32)
+        png = head.startswith(PNG_MAGIC)
+        if not png and not head.startswith(JPEG_MAGIC):
+            raise ValueError("it is no TIFF, PNG or JPEG")
+        file.seek(0)
+        picture = _pillow(file, png)
+        (width, height), mode = picture.size, picture.mode
+        if not png or "exif" in picture.info:  # else Pillow decodes a PNG for it
+            check_upright(picture.getexif().get(ORIENTATION, 1))
+
+    @cache
+    def decode() -> np.ndarray:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        return _decode(content, png, mode)
+
+    # Pillow calls 16 bits of RGB "RGB"; the 25th byte of a PNG is its depth
+    return (height, width), "uint16" if png and head[24] > 8 else "uint8", decode
+
+
+def _pillow(file: Any, png: bool) -> PngImageFile | JpegImageFile:
+    """Without the limit that `Image.open` puts on a scene's pixels."""
+    return PngImageFile(file) if png else JpegImageFile(file)
+
+
+def _decode(content: bytes, png: bool, mode: str) -> np.ndarray:
+    if png and b"eXIf" in content:  # perhaps behind the pixels
+        picture = _pillow(io.BytesIO(content), png)
+        picture.load()
+        check_upright(picture.getexif().get(ORIENTATION, 1))
+    if png and content.rfind(PNG_END) < 0:
+        raise ValueError("truncated")
+    # OpenCV is twice as fast, but fills what a truncated JPEG lacks with grey, and is
+    # one level off in CMYK
+    if not png and (mode == "CMYK" or JPEG_END not in content[-4096:]):
+        return np.asarray(_pillow(io.BytesIO(content), png).convert("RGB"))
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if bgr is None:
+        raise ValueError("truncated or corrupt")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr)

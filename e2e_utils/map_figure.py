@@ -1,0 +1,44 @@
+"""A picture of a scene with coordinates on its axes.
+
+Copy: this file, georeference.py, scenes.py, images.py, stretch.py and files.py.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
+
+from .georeference import Georeference
+
+
+def map_figure(
+    image: np.ndarray, place: Georeference, scale: float = 1.0, width: float = 8.0
+) -> Figure:
+    """A scene with the coordinates of its CRS on the axes.
+
+    Args:
+        image: uint8 (H, W, 3), RGB, such as `visualize.draw_boxes` gives.
+        place: of `georeference.read_georeference`.
+        scale: of `draw_boxes`, pixels of `image` for one of the scene.
+        width: of the figure in inches.
+    """
+    a, b, c, d, e, f = place.transform[:6]
+    matrix = np.array([[a / scale, b / scale, c], [d / scale, e / scale, f], [0, 0, 1]])
+    rows, columns = image.shape[:2]
+    x, y, _ = matrix @ [[0, columns, columns, 0], [0, 0, rows, rows], [1] * 4]
+    names, unit, aspect = ("longitude", "latitude"), "degrees", 1.0
+    if place.crs.is_geographic:  # a degree of longitude is shorter than one of latitude
+        aspect = 1 / np.cos(np.radians(y.mean()))
+    else:
+        names, unit = ("easting", "northing"), f"{place.crs.linear_units}, {place.crs}"
+    size = width, width * aspect * np.ptp(y) / np.ptp(x)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    plt.close(figure)  # a notebook shows the returned figure, once
+    box = (0, columns, rows, 0)  # of the picture in its own pixels
+    drawn = axis.imshow(image, extent=box, interpolation="antialiased")
+    drawn.set_transform(Affine2D(matrix) + axis.transData)
+    axis.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()), aspect=aspect)
+    axis.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
+    axis.ticklabel_format(useOffset=False, style="plain")
+    axis.tick_params(axis="x", rotation=20)
+    return figure
