@@ -41,7 +41,7 @@ _GDAL: dict[str, Any] = {
     "GDAL_CACHEMAX": 256,  # MB of decoded blocks, all files together
 }
 # a TIFF can name a URL as the place of its overviews
-_LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": "none"}
+_LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
 _URLS = {"s3://": "/vsis3/", "gs://": "/vsigs/", "az://": "/vsiaz/"}
 _URLS |= {f"{scheme}://": f"/vsicurl/{scheme}://" for scheme in ("http", "https")}
 
