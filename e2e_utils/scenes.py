@@ -222,7 +222,9 @@ def _open_other(source: Any, name: str, bands: Any, stretch: Stretch | None) -> 
 
 def _largest_page(tiff: Any) -> tuple[int, Any]:
     """(number from 1, page); the first of equals: others are its mask, or a series."""
-    pages = enumerate(islice(tiff.pages, _PAGES), 1)
+    pages = list(enumerate(islice(tiff.pages, _PAGES), 1))
+    if not pages:
+        raise ValueError("truncated or corrupt: it has no page")
     return max(pages, key=lambda row: row[1].imagewidth * row[1].imagelength)
 
 

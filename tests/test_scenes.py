@@ -13,10 +13,14 @@ import pytest
 import rasterio
 import tifffile
 from PIL import Image
+from ts.utils.util import PredictionException
 
 from e2e_utils.data import CocoTiles
 from e2e_utils.scenes import open_scene, read_rgb, read_size
 from e2e_utils.stretch import Stretch, read_stretch
+from kserve_utils.predictor.pictures import decode
+from kserve_utils.predictor.refusal import Refusal
+from kserve_utils.torchserve_utils.fasterrcnn_handler import FasterRCNNHandler
 
 PIXELS = cv2.blur(
     np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8), (3, 3)
@@ -196,13 +200,19 @@ KINDS["a JPEG with bytes behind its end"] = KINDS["JPEG RGB"] + bytes(9000)
 KINDS["a PNG with bytes behind its end"] = KINDS["PNG RGB"] + b"more"
 
 
+def by_handler(content: bytes) -> np.ndarray:
+    handler = FasterRCNNHandler()
+    handler.max_pixels = 10_000
+    picture = handler._picture(0, {"body": content})
+    return picture.permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_png_and_jpeg_have_the_pixels_of_the_torchserve_handler(tmp_path, kind):
     path = tmp_path / "a"
     path.write_bytes(KINDS[kind])
-    handler = np.asarray(Image.open(path).convert("RGB"))
     for source in (path, KINDS[kind]):
-        assert np.array_equal(read_rgb(source), handler)
+        assert np.array_equal(read_rgb(source), by_handler(KINDS[kind]))
     assert read_size(path) == (90, 70)
 
 
@@ -235,7 +245,12 @@ REFUSED |= {f"16 bits {kind}": six_teen(kind) for kind in ("PNG", "TIFF")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_scenes_and_tiles_refuse_what_is_turned_or_deep_by_name(tmp_path, kind):
+def test_every_reader_refuses_what_is_turned_or_deep(tmp_path, kind):
+    reason = "16 bits a channel" if "16" in kind else "orientation tag, 6, rotates it"
+    with pytest.raises(PredictionException, match=reason):
+        by_handler(REFUSED[kind])
+    with pytest.raises(Refusal, match=f"it: .*{reason}"):
+        decode(REFUSED[kind], 10_000, "it")
     said = "rotates it; store it upright" if "turned" in kind else "of uint16 where"
     (tmp_path / "a.jpg").write_bytes(REFUSED[kind])
     image = {"id": 1, "file_name": "a.jpg", "height": 90, "width": 70}
