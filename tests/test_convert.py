@@ -419,7 +419,7 @@ def test_no_scene_no_folder_and_scenes_of_other_bands_are_errors(tmp_path):
     two = np.ones((40, 50, 2), np.uint16)
     options = {"photometric": "minisblack", "planarconfig": "contig"}
     tifffile.imwrite(tmp_path / "1.tif", two, **options)
-    with pytest.raises(FailedScenes, match=r"2 band\(s\) of uint16: say which"):
+    with pytest.raises(FailedScenes, match=r"2 band\(s\) of uint16: choose three"):
         tif_to_rgb(tmp_path, tmp_path / "out", percentile=2)
 
 

@@ -651,18 +651,23 @@ def imports(path) -> set[str]:
 
 def test_a_scene_is_refused_by_its_header_unless_it_is_read_by_windows(tmp_path):
     pixels, path = np.zeros((96, 120, 3), np.uint8), tmp_path / "scene"
-    most = 16 * 120  # a row of tiles
+    most, total = 16 * 120, 96 * 120  # a row of tiles; all of it
     for options in ({}, {"compression": "zlib", "tile": (16, 16)}):
         tifffile.imwrite(path, pixels, photometric="rgb", **options)
-        check_scene(path, most)  # by windows
+        check_scene(path, most, total)  # by windows
+    with pytest.raises(Refusal, match="at most 11519 are taken: send parts of it"):
+        check_scene(path, most, total - 1)
     tifffile.imwrite(path, pixels, photometric="rgb", compression="zlib")
     with pytest.raises(Refusal, match="120 x 96 pixels, at most 1920 are decoded"):
-        check_scene(path, most)
+        check_scene(path, most, total)
     path.write_bytes(png("RGB", 96, 120))
     with pytest.raises(Refusal, match="decoded whole: send it as a tiled TIFF"):
-        check_scene(path, most)
+        check_scene(path, most, total)
     tifffile.imwrite(path, np.zeros((1, 100_001, 3), np.uint8), photometric="rgb")
-    for check in (lambda: check_scene(path, 100), lambda: check_sides(1, 100_001)):
+    for check in (
+        lambda: check_scene(path, most, total),
+        lambda: check_sides(1, 100_001),
+    ):
         with pytest.raises(Refusal, match="a side is at most 100000"):
             check()
 
