@@ -632,6 +632,7 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
     chosen |= {"starlette"}  # of fastapi
     names = [{name.lower().replace("_", "-") for name in s} for s in (wanted, chosen)]
     assert len(wanted) > 8 and names[0] <= names[1]
+    assert {"rasterio", "tifffile"} <= chosen  # imported for the first TIFF
 
 
 CORE = ("autocast", "backbones", "boxes", "checkpoint", "config", "files", "grid")
