@@ -32,7 +32,7 @@ fi
 import importlib.util
 import sys
 
-needed = "torch torchvision numpy cv2 tqdm tifffile msgspec faster_coco_eval".split()
+needed = "torch torchvision numpy cv2 PIL tqdm msgspec faster_coco_eval".split()
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"error: missing {', '.join(missing)}: give their wheels by WHEELS=folder")

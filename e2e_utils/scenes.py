@@ -18,7 +18,7 @@ rasterio and tifffile are imported for a TIFF alone: training on JPEG does witho
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -41,7 +41,7 @@ _GDAL: dict[str, Any] = {
     "GDAL_CACHEMAX": 256,  # MB of decoded blocks, all files together
 }
 # a TIFF can name a URL as the place of its overviews
-_LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": "none"}
+_LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
 _URLS = {"s3://": "/vsis3/", "gs://": "/vsigs/", "az://": "/vsiaz/"}
 _URLS |= {f"{scheme}://": f"/vsicurl/{scheme}://" for scheme in ("http", "https")}
 
@@ -67,9 +67,7 @@ class Scene:
         """Raises what `read` raises of the header alone."""
         found = f"{self.name}: {len(self.colours)} band(s) of {self.dtype}"
         if self.bands is None:
-            raise ValueError(
-                f"{found}: say which are red, green, blue: bands=(3, 2, 1)"
-            )
+            raise ValueError(f"{found}: choose three by bands=(3, 2, 1)")
         if "complex" in self.dtype or self.dtype != "uint8" and not self.stretch:
             raise ValueError(
                 f"{found} where uint8 is needed: convert.tif_to_rgb makes it of a TIFF "
@@ -113,7 +111,7 @@ class Scene:
 def open_scene(
     source: str | Path | bytes | np.ndarray,
     *,
-    bands: tuple[int, ...] | None = None,
+    bands: Sequence[int] | None = None,
     stretch: Stretch | str | Path | None = None,
 ) -> Iterator[Scene]:
     """Open a scene; its pixels are decoded when they are read.
@@ -137,7 +135,7 @@ def open_scene(
     """
     if isinstance(stretch, (str, Path)):
         stretch = read_stretch(stretch)
-    bands = stretch.bands if stretch else bands
+    chosen = stretch.bands if stretch else bands
     with ExitStack() as stack:
         name = "the picture" if isinstance(source, (bytes, np.ndarray)) else str(source)
         with _named(name):
@@ -146,12 +144,14 @@ def open_scene(
             elif is_url(source):
                 kind = name[: name.index("://") + 3]
                 path = _URLS[kind] + name.removeprefix(kind)
-                scene = _open_raster(path, name, bands, stretch, stack, _GDAL)
+                scene = _open_raster(path, name, chosen, stack, _GDAL)
             elif is_tiff(source):
-                scene = _open_tiff(source, name, bands, stretch, stack)
+                scene = _open_tiff(source, name, chosen, stack)
+            elif chosen:
+                raise ValueError("bands and a stretch are taken for a TIFF alone")
             else:
-                scene = _open_other(source, name, bands, stretch)
-        yield scene
+                scene = _open_other(source, name)
+        yield replace(scene, stretch=stretch)
 
 
 def read_rgb(source: str | Path | bytes, **options: Any) -> np.ndarray:
@@ -211,9 +211,7 @@ def _open_array(pixels: np.ndarray) -> Scene:
     return Scene("the image", height, width, "uint8", window, size)
 
 
-def _open_other(source: Any, name: str, bands: Any, stretch: Stretch | None) -> Scene:
-    if bands or stretch:
-        raise ValueError("bands and a stretch are taken for a TIFF alone")
+def _open_other(source: Any, name: str) -> Scene:
     source = source if isinstance(source, bytes) else Path(source)
     (height, width), dtype, decode = open_image(source)
     window = lambda x1, y1, x2, y2: decode()[y1:y2, x1:x2]  # noqa: E731
@@ -222,13 +220,13 @@ def _open_other(source: Any, name: str, bands: Any, stretch: Stretch | None) -> 
 
 def _largest_page(tiff: Any) -> tuple[int, Any]:
     """(number from 1, page); the first of equals: others are its mask, or a series."""
-    pages = enumerate(islice(tiff.pages, _PAGES), 1)
+    pages = list(enumerate(islice(tiff.pages, _PAGES), 1))
+    if not pages:
+        raise ValueError("truncated or corrupt: it has no page")
     return max(pages, key=lambda row: row[1].imagewidth * row[1].imagelength)
 
 
-def _open_tiff(
-    source: Any, name: str, bands: Any, stretch: Stretch | None, stack: ExitStack
-) -> Scene:
+def _open_tiff(source: Any, name: str, bands: Any, stack: ExitStack) -> Scene:
     """A TIFF of this machine."""
     import rasterio
     import tifffile
@@ -250,7 +248,7 @@ def _open_tiff(
     else:
         path = str(Path(source).absolute())
     path = f"GTIFF_DIR:{number}:{path}" if number > 1 else path
-    scene = _open_raster(path, name, bands, stretch, stack, _LOCAL)
+    scene = _open_raster(path, name, bands, stack, _LOCAL)
     if not plain or scene.bands != (1, 2, 3):
         return scene
 
@@ -265,12 +263,7 @@ def _open_tiff(
 
 
 def _open_raster(
-    path: str,
-    name: str,
-    bands: Any,
-    stretch: Stretch | None,
-    stack: ExitStack,
-    options: dict[str, Any],
+    path: str, name: str, bands: Any, stack: ExitStack, options: dict[str, Any]
 ) -> Scene:
     """A TIFF as GDAL reads it, by no other driver; the options hold until it closes."""
     import rasterio
@@ -312,7 +305,6 @@ def _open_raster(
         held=rows * max(columns, data.width) * bytes_a_pixel,
         colours=colours,
         bands=chosen,
-        stretch=stretch,
         nodata=data.nodata,
         crs=data.crs,
         transform=None if data.transform.is_identity else data.transform,

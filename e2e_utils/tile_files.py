@@ -7,6 +7,7 @@ Copy: this file, coco.py, scenes.py, images.py, stretch.py and files.py.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -22,8 +23,9 @@ Tiles = dict[str, list[int]]  # file name: x1, y1, x2, y2 in scene pixels
 
 
 def _sources(manifest: dict) -> dict[str, dict]:
-    """The scene, as a manifest describes it, that each tile is cut from."""
-    scenes = {row["file_name"]: row for row in manifest["scenes"]}
+    """The scene and bands, as a manifest describes them, that each tile is cut from."""
+    bands = {"bands": manifest["settings"].get("bands")}
+    scenes = {row["file_name"]: row | bands for row in manifest["scenes"]}
     return {tile["file_name"]: scenes[tile["scene"]] for tile in manifest["tiles"]}
 
 
@@ -51,7 +53,11 @@ def start_manifest(path: Path, tile_dir: Path, manifest: dict) -> None:
 
 
 def write_tiles(
-    image_dir: Path, tile_dir: Path, jobs: list[tuple[Image, Tiles]], title: str
+    image_dir: Path,
+    tile_dir: Path,
+    jobs: list[tuple[Image, Tiles]],
+    title: str,
+    bands: Sequence[int] | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Cut scenes into JPEG files; a scene whose tiles are all there is not read.
 
@@ -60,6 +66,7 @@ def write_tiles(
         tile_dir: folder of the tiles, after `start_manifest`.
         jobs: scenes as the COCO file lists them, and the tiles of each.
         title: of the progress bar.
+        bands: see `scenes.open_scene`.
 
     Returns:
         How many scenes had their tiles already, and what is wrong with those that are
@@ -75,7 +82,7 @@ def write_tiles(
         if tiles and all(_is_whole(tile_dir / name) for name in tiles):
             return False
         try:
-            _cut(image_dir / image.file_name, image, tiles, tile_dir)
+            _cut(image_dir / image.file_name, image, tiles, tile_dir, bands)
         except (ValueError, FileNotFoundError) as error:
             failed[image.file_name] = str(error)
             for name in tiles:
@@ -96,9 +103,11 @@ def _is_whole(path: Path) -> bool:
         return file.read() == b"\xff\xd9"
 
 
-def _cut(path: Path, image: Image, tiles: Tiles, tile_dir: Path) -> None:
+def _cut(
+    path: Path, image: Image, tiles: Tiles, tile_dir: Path, bands: Sequence[int] | None
+) -> None:
     bgr = None
-    with open_scene(path) as scene:
+    with open_scene(path, bands=bands) as scene:
         if (scene.height, scene.width) != (image.height, image.width):
             raise ValueError(
                 f"{path}: {scene.width} x {scene.height} pixels, but the COCO file "

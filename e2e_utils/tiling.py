@@ -189,6 +189,7 @@ def slice_coco(
     ignore_negative_samples: bool = True,
     negative_ratio: float = 0.0,
     seed: int = 0,
+    bands: tuple[int, int, int] | None = None,
 ) -> TilingReport:
     """Cut a COCO data set of scenes into a COCO data set of tiles.
 
@@ -213,6 +214,8 @@ def slice_coco(
         negative_ratio: of the tiles that would be left out, keep so many for each tile
             with boxes, chosen at random by `seed`; 0.5 keeps one for every two.
         seed: for `negative_ratio`.
+        bands: of red, green and blue in TIFFs, from 1; (3, 2, 1) of blue, green, red,
+            infrared. Left out, see `scenes.open_scene`.
 
     Returns:
         TilingReport with the paths and the counts; print it for a table.
@@ -250,12 +253,13 @@ def slice_coco(
         "ignore_negative_samples": ignore_negative_samples,
         "negative_ratio": negative_ratio,
         "seed": seed,
+        "bands": bands and list(bands),
     }
     images = Path(image_dir)
     manifest = _make_manifest(scenes, images, settings)
     start_manifest(report.manifest, report.image_dir, manifest)
     jobs = [(scene.image, scene.tiles()) for scene in scenes]
-    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes")
+    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", bands)
     report.resumed, report.failed = done
     scenes = [s for s in scenes if s.image.file_name not in report.failed]
     _save(scenes, coco, report)

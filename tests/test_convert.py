@@ -11,13 +11,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import rasterio
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2e_utils.classes import read_classes
 from e2e_utils.convert import geojson_to_coco, tif_to_rgb
-from e2e_utils.scenes import FailedScenes
+from e2e_utils.scenes import FailedScenes, read_rgb
+from e2e_utils.stretch import read_stretch
 
 HEIGHT, WIDTH = 60, 80
 
@@ -343,6 +345,72 @@ def test_16_bit_is_scaled_by_an_explicit_percentile(scenes, tmp_path):
         tif_to_rgb(scenes, out, percentile=50)
 
 
+@pytest.mark.parametrize("dtype", [">u2", "<u2", ">f4", "<i4", ">f8"])
+def test_every_byte_order_and_range_is_stretched_to_all_of_8_bits(tmp_path, dtype):
+    ramp = np.linspace(0.02, 0.30, 40 * 50).reshape(40, 50)
+    deep = np.dstack([ramp, ramp * 2, ramp[::-1]]) * (1 if "f" in dtype else 1e4)
+    (tmp_path / "tif").mkdir()
+    options = {"photometric": "rgb", "byteorder": dtype[0]}
+    tifffile.imwrite(tmp_path / "tif" / "1.tif", deep.astype(dtype[1:]), **options)
+    tif_to_rgb(tmp_path / "tif", tmp_path, percentile=2)
+    low, high = np.percentile(deep, (2, 98), axis=(0, 1))
+    wanted = np.clip((deep - low) / (high - low) * 255, 0, 255)
+    assert np.abs(png(tmp_path / "1.png") - wanted).max() <= 1
+    record = read_stretch(tmp_path / "1.stretch.json")
+    assert record.bands == (1, 2, 3) and np.allclose(record.low, low, rtol=1e-3)
+
+
+@pytest.mark.parametrize("empty", [-9999, np.nan])
+def test_nodata_and_nan_are_left_out_of_the_percentiles_and_drawn_as_0(tmp_path, empty):
+    scene = np.linspace(100, 300, 3 * 40 * 50, dtype=np.float32).reshape(3, 40, 50)
+    scene[:, :10] = empty
+    for name, values in (("1", scene), ("2", np.full_like(scene, empty))):
+        size = {"height": 40, "width": 50, "count": 3, "dtype": "float32"}
+        options = {"driver": "GTiff", "nodata": -9999, **size}
+        with rasterio.open(tmp_path / f"{name}.tif", "w", **options) as file:
+            file.write(values)
+    with pytest.raises(FailedScenes, match="2.tif: band 1 has nothing but nodata"):
+        tif_to_rgb(tmp_path, tmp_path, percentile=0)
+    drawn = png(tmp_path / "1.png")
+    assert not drawn[:11, 0].any() and (drawn[-1, -1] == 255).all()
+    assert not drawn[:10].any() and drawn[10, 25:].all()
+
+
+def test_a_constant_scene_is_named(tmp_path):
+    seven = np.full((40, 50, 3), 7, np.uint16)
+    tifffile.imwrite(tmp_path / "1.tif", seven, photometric="rgb")
+    with pytest.raises(FailedScenes, match="1.tif: its percentiles 2 and 98 are both"):
+        tif_to_rgb(tmp_path, tmp_path, percentile=2)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_chosen_bands_are_recorded_and_a_later_run_without_them_converts_anew(tmp_path):
+    four = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "1.tif", four, **options)
+    for bands, order in (((3, 2, 1), [2, 1, 0]), (None, [0, 1, 2])):
+        assert tif_to_rgb(tmp_path, tmp_path, bands=bands).converted == 1
+        assert np.array_equal(png(tmp_path / "1.png"), four[..., order])
+        record = tmp_path / "1.stretch.json"
+        assert record.exists() == bool(bands)
+        if bands:
+            stretched = read_rgb(tmp_path / "1.tif", stretch=record)
+            assert np.array_equal(stretched, png(tmp_path / "1.png"))
+
+
+@pytest.mark.parametrize("ending", [".TIF", ".tiff", ".Tif"])
+def test_labels_find_their_scene_whatever_the_ending_of_a_tiff(tmp_path, ending):
+    scenes, labels = write_xview(tmp_path, [1, 2], [feature("1.tif", "1,2,30,40")])
+    (scenes / "1.tif").rename(scenes / f"1{ending}")
+    report = geojson_to_coco(scenes, labels, tmp_path, 1.0)
+    assert report.kept == 1 and report.dropped["scene missing"] == 0
+    train = json.loads((tmp_path / "train.json").read_text())
+    assert train["images"][0]["file_name"] == f"1{ending}"
+    tifffile.imwrite(scenes / "1.tif", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match="are scenes of one name"):
+        geojson_to_coco(scenes, labels, tmp_path, 1.0)
+
+
 def test_no_scene_no_folder_and_scenes_of_other_bands_are_errors(tmp_path):
     with pytest.raises(OSError, match="nowhere is no folder"):
         tif_to_rgb(tmp_path / "nowhere", tmp_path)
@@ -351,7 +419,7 @@ def test_no_scene_no_folder_and_scenes_of_other_bands_are_errors(tmp_path):
     two = np.ones((40, 50, 2), np.uint16)
     options = {"photometric": "minisblack", "planarconfig": "contig"}
     tifffile.imwrite(tmp_path / "1.tif", two, **options)
-    with pytest.raises(FailedScenes, match=r"2 band\(s\) of uint16: say which"):
+    with pytest.raises(FailedScenes, match=r"2 band\(s\) of uint16: choose three"):
         tif_to_rgb(tmp_path, tmp_path / "out", percentile=2)
 
 

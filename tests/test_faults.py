@@ -90,6 +90,13 @@ def icon() -> bytes:
     return file.getvalue()
 
 
+def turned() -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[274] = 6
+    Image.open(io.BytesIO(TILE)).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
 NO_PICTURE = "bytes that are not a picture (JPEG, PNG or TIFF)"
 TOO_LARGE = "12000 x 12000 pixels, at most 16777216"
 # name -> (the bytes of the picture, status of both servers, what the reason says)
@@ -107,6 +114,8 @@ PICTURES = {
     ),
     "an ICO, which would be decoded to know its size": (icon, 400, NO_PICTURE),
     "16 bits a channel": (lambda: png("I;16", 8, 8), 400, "send 8 bits a channel"),
+    "a JPEG that its EXIF turns": (turned, 400, "orientation tag, 6, rotates it"),
+    "a JPEG of 3,000 x 2 px": (lambda: jpeg(2, 3000), 400, "at most 100 times"),
 }
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import grpc
 import numpy as np
 import psutil
@@ -57,6 +58,7 @@ from kserve_utils.predictor.__main__ import main, parse
 from kserve_utils.predictor.admission import Admission, Limits
 from kserve_utils.predictor.model import QueuedDetector
 from kserve_utils.predictor.pictures import check_scene, check_sides
+from kserve_utils.predictor.pictures import decode as decode_picture
 from kserve_utils.predictor.protocol import Job, parse_grpc, parse_v1, parse_v2
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.predictor.rest import add_routes
@@ -647,11 +649,12 @@ def test_the_container_installs_what_the_server_imports_in_the_pinned_version():
     chosen |= {"starlette"}  # of fastapi
     names = [{name.lower().replace("_", "-") for name in s} for s in (wanted, chosen)]
     assert len(wanted) > 8 and names[0] <= names[1]
+    assert {"rasterio", "tifffile"} <= chosen  # imported for the first TIFF
 
 
 CORE = ("autocast", "backbones", "boxes", "checkpoint", "config")
-CORE += ("efficientnet_lite", "files", "georeference", "grid")
-CORE += ("hardware", "models", "predict", "scenes")
+CORE += ("efficientnet_lite", "files", "georeference", "grid", "hardware")
+CORE += ("images", "models", "predict", "scenes", "stretch")
 
 
 def imports(path) -> set[str]:
@@ -666,16 +669,76 @@ def imports(path) -> set[str]:
 
 
 def test_a_scene_is_refused_by_its_header_unless_it_is_read_by_windows(tmp_path):
-    pixels, path = np.zeros((9, 12, 3), np.uint8), tmp_path / "scene"
-    tifffile.imwrite(path, pixels)
-    check_scene(path, 100)  # by windows
-    tifffile.imwrite(path, pixels, compression="zlib")
-    with pytest.raises(Refusal, match="12 x 9 pixels, at most 100 are decoded"):
-        check_scene(path, 100)
-    path.write_bytes(png("RGB", 9, 12))
-    with pytest.raises(Refusal, match="decoded whole: send it as an uncompressed"):
-        check_scene(path, 100)
-    tifffile.imwrite(path, np.zeros((1, 100_001, 3), np.uint8))
-    for check in (lambda: check_scene(path, 100), lambda: check_sides(1, 100_001)):
+    pixels, path = np.zeros((96, 120, 3), np.uint8), tmp_path / "scene"
+    most, total = 16 * 120, 96 * 120  # a row of tiles; all of it
+    for options in ({}, {"compression": "zlib", "tile": (16, 16)}):
+        tifffile.imwrite(path, pixels, photometric="rgb", **options)
+        check_scene(path, most, total)  # by windows
+    with pytest.raises(Refusal, match="at most 11519 are taken: send parts of it"):
+        check_scene(path, most, total - 1)
+    tifffile.imwrite(path, pixels, photometric="rgb", compression="zlib")
+    with pytest.raises(Refusal, match="120 x 96 pixels, at most 1920 are decoded"):
+        check_scene(path, most, total)
+    path.write_bytes(png("RGB", 96, 120))
+    with pytest.raises(Refusal, match="decoded whole: send it as a tiled TIFF"):
+        check_scene(path, most, total)
+    tifffile.imwrite(path, np.zeros((1, 100_001, 3), np.uint8), photometric="rgb")
+    for check in (
+        lambda: check_scene(path, most, total),
+        lambda: check_sides(1, 100_001),
+    ):
         with pytest.raises(Refusal, match="a side is at most 100000"):
             check()
+
+
+def hostile(tmp_path) -> dict[str, bytes]:
+    """What must be refused whatever it calls itself: name -> content."""
+    secret = tmp_path / "secret.tif"
+    tifffile.imwrite(secret, decode(TILE), photometric="rgb")
+    files = {}
+    for kind, place in (("path", secret), ("URL", "/vsicurl/http://127.0.0.1:9/a.tif")):
+        bands = "".join(
+            f'<VRTRasterBand dataType="Byte" band="{n}"><SimpleSource><SourceFilename>'
+            f"{place}</SourceFilename><SourceBand>{n}</SourceBand></SimpleSource>"
+            "</VRTRasterBand>"
+            for n in (1, 2, 3)
+        )
+        vrt = f'<VRTDataset rasterXSize="300" rasterYSize="300">{bands}</VRTDataset>'
+        files[f"a VRT with a {kind}"] = vrt.encode()
+        files[f"the same behind a TIFF's mark, {kind}"] = b"II*\0" + vrt.encode()
+    return files
+
+
+@pytest.mark.parametrize("scene", [False, True])
+def test_what_the_server_must_not_open_or_cannot_use_is_400(tmp_path, scene):
+    deep, turned = np.zeros((300, 300, 3), np.uint16), io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(decode(TILE)).save(turned, "JPEG", exif=exif)
+    thin = jpeg(2, 3000)
+    expected = {content: "" for content in hostile(tmp_path).values()}
+    expected[cv2.imencode(".png", deep)[1].tobytes()] = "16"
+    expected[turned.getvalue()] = "orientation tag, 3, rotates it"
+    if not scene:  # which is cut into tiles
+        expected[thin] = "3000 x 2 pixels: a side is at most 100 times the other"
+
+    async def ask(client) -> list:
+        bodies = [
+            {**instance(content), "parameters": {"scene": scene}}
+            for content in expected
+        ]
+        return [await client.post(URL, json=body) for body in bodies]
+
+    answers = in_process(double_model(), ask)
+    for answer, said in zip(answers, expected.values(), strict=True):
+        assert answer.status_code == 400 and said in answer.text, answer.text
+        assert str(tmp_path) not in answer.text and "/vsi" not in answer.text
+
+
+def test_a_tile_has_the_pixels_of_the_torchserve_handler_and_a_tiff_is_one():
+    pixels = decode(TILE)
+    for kind in ("PNG", "TIFF"):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        assert np.array_equal(decode_picture(file.getvalue(), 1 << 20, "it"), pixels)
+    assert np.array_equal(decode_picture(TILE, 1 << 20, "it"), pixels)

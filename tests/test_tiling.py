@@ -305,6 +305,21 @@ def test_changed_settings_or_scenes_never_mix_with_old_tiles(small):
     assert left == files_in(changed.image_dir)
 
 
+def test_other_bands_give_other_tiles_and_are_cut_anew(tmp_path):
+    boxes = [(1, 0, [2, 2, 10, 10])]
+    data = tmp_path, write_data_set(tmp_path / "in", [(100, 130)], boxes)
+    four = np.dstack([scene(100, 130), scene(100, 130, 9)[..., 0]])
+    path, options = tmp_path / "in" / "0.tif", {"photometric": "minisblack"}
+    tifffile.imwrite(path, four, planarconfig="contig", **options)
+    for bands, order in (((3, 2, 1), [2, 1, 0]), (None, [0, 1, 2])):
+        report = cut(*data, bands=bands)
+        assert report.resumed == 0
+        (tile,) = report.image_dir.iterdir()
+        jpeg = io.BytesIO()
+        Image.fromarray(four[:50, :50, order]).save(jpeg, "JPEG")
+        assert tile.read_bytes() == jpeg.getvalue()
+
+
 KILLED = """
 import os, signal, sys
 from e2e_utils import tiling

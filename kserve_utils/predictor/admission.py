@@ -40,8 +40,9 @@ class Limits:
         request: bytes of a REST body.
         grpc: bytes of a gRPC message; protobuf can make forty times as many of them.
         pictures: of one V1 request.
-        scene: bytes of a scene by the binary form of V2, which goes to a file.
-        scene_pixels: of a scene whose format is decoded whole, 3 bytes each.
+        scene: bytes of a scene by the binary form of V2, which goes to a file; decoded,
+            3 a pixel, as many are taken of a compressed one.
+        scene_pixels: that are decoded at a time, 3 bytes each: of PNG and JPEG all.
         scenes: that wait or run, each with its file.
         stall: seconds without a byte of a body that is still coming.
     """

@@ -192,7 +192,8 @@ class DetectorModel(Model):
         self, detector: nn.Module, scene: Path | np.ndarray, threshold: float
     ) -> dict:
         if isinstance(scene, Path):
-            check_scene(scene, self.admission.limits.scene_pixels)
+            limits = self.admission.limits
+            check_scene(scene, limits.scene_pixels, limits.scene // 3)
         else:
             check_sides(*scene.shape[:2])
         try:

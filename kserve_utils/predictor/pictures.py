@@ -87,13 +87,15 @@ def place_of(content: bytes, where: str) -> Georeference | None:
         raise bad(f"{where}: {_reason(error)}") from error
 
 
-def check_scene(path: Path, max_pixels: int) -> None:
+def check_scene(path: Path, max_pixels: int, total: int) -> None:
     """Read the header of a scene's file, none of its pixels.
 
     Args:
         path: a TIFF, PNG or JPEG.
         max_pixels: that may be decoded at a time. A TIFF is read by windows, so that
             a row of its tiles or a strip counts, and PNG and JPEG in full.
+        total: pixels of any scene. Compressed or sparse, a small file can be millions
+            of tiles.
 
     Raises:
         Refusal: 400, not a scene, or too large; never with the path.
@@ -101,11 +103,13 @@ def check_scene(path: Path, max_pixels: int) -> None:
     try:
         with open_scene(path) as scene:
             check_sides(scene.height, scene.width)
+            size = f"scene: {scene.width} x {scene.height} pixels, at most"
+            if scene.height * scene.width > total:
+                raise bad(f"{size} {total} are taken: send parts of it")
             if scene.held > 3 * max_pixels:
                 raise bad(
-                    f"scene: {scene.width} x {scene.height} pixels, at most "
-                    f"{max_pixels} are decoded whole: send it as a tiled TIFF, which "
-                    "is read by windows"
+                    f"{size} {max_pixels} are decoded whole: send it as a tiled TIFF, "
+                    "which is read by windows"
                 )
             scene.check()
     except ValueError as error:

@@ -6,8 +6,8 @@ enough.
 
 One instance of a request is {"data": "<base64 of a JPEG, PNG or TIFF file>"}. Its
 answer is a list of {class name: [x1, y1, x2, y2], "score": s}, best first, in pixels
-of the picture. Pillow decodes; for JPEG that gives the very pixels that OpenCV gives
-(both are libjpeg-turbo), except that a rotation in EXIF is not applied.
+of the picture. Pillow decodes; for PNG and JPEG that gives the very pixels that tiling
+and training see. What is turned by an orientation tag is refused, as there.
 """
 
 import base64
@@ -30,10 +30,19 @@ from ts.utils.util import PredictionException
 
 _UNREADABLE: tuple = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
 _UNREADABLE += (Image.DecompressionBombError,)
+_MAX_RATIO = 100  # of the sides: a thinner picture is scaled to less than a pixel
 
 
 def _bad(index: int, reason: str) -> PredictionException:
     return PredictionException(f"instance {index}: {reason}", 400)
+
+
+def _turned(picture: Any) -> str:
+    """Why a picture that a viewer would rotate is refused; "" if it is upright."""
+    tag = picture.getexif().get(274, 1)
+    return (
+        "" if tag == 1 else f"its orientation tag, {tag}, rotates it; store it upright"
+    )
 
 
 class FasterRCNNHandler(BaseHandler):
@@ -93,24 +102,38 @@ class FasterRCNNHandler(BaseHandler):
         try:
             # of these formats the header alone is read; ICO's, say, decodes
             picture = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "TIFF"))
+            reason = self._fault_of_header(picture, content)
         except _UNREADABLE as error:
             reason = f"{len(content)} bytes that are not a picture (JPEG, PNG or TIFF)"
             raise _bad(index, reason) from error
-        width, height = picture.size
-        if width * height > self.max_pixels:
-            raise _bad(
-                index,
-                f"the picture has {width} x {height} pixels, at most "
-                f"{self.max_pixels} are taken: send tiles of it",
-            )
-        if picture.mode.startswith(("I", "F")):
-            raise _bad(index, f"mode {picture.mode}: send 8 bits a channel")
+        if reason:
+            raise _bad(index, reason)
         try:
             pixels = np.array(picture.convert("RGB"))
+            # of a PNG its tags may stand at the end; of a TIFF Pillow drops this one
+            reason = _turned(picture) if picture.format == "PNG" else ""
         except _UNREADABLE as error:
             reason = f"the picture is damaged or cut short: {error}"
             raise _bad(index, reason) from error
+        if reason:
+            raise _bad(index, reason)
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _fault_of_header(self, picture: Any, content: Any) -> str:
+        """Why a picture is not decoded; "" if it is."""
+        width, height = picture.size
+        size = f"the picture has {width} x {height} pixels"
+        if width * height > self.max_pixels:
+            return f"{size}, at most {self.max_pixels} are taken: send tiles of it"
+        if max(width, height) > _MAX_RATIO * min(width, height):
+            return f"{size}: a side is at most {_MAX_RATIO} times the other"
+        # Pillow calls 16 bits of RGB "RGB"; the 25th byte of a PNG is its depth
+        bits = content[24] if picture.format == "PNG" else 8
+        if picture.format == "TIFF":
+            bits = max(picture.tag_v2.get(258, (8,)))
+        if bits > 8:
+            return f"{bits} bits a channel: send 8 bits a channel"
+        return "" if picture.format == "PNG" else _turned(picture)
 
     @torch.inference_mode()
     def inference(
