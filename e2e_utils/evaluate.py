@@ -82,7 +82,7 @@ def detect(
 
 
 def to_coco(
-    image_id: int, output: dict, category_ids: list[int] | None = None
+    image_id: int | str, output: dict, category_ids: list[int] | None = None
 ) -> list[dict]:
     """One image's {"boxes" or "boxes_xyxy", "labels", "scores"} as COCO results."""
     boxes = output.get("boxes", output.get("boxes_xyxy"))
@@ -97,19 +97,51 @@ def to_coco(
     ]
 
 
-def read_ground_truth(ground_truth: str | Path | dict, detections: list[dict]) -> dict:
-    """The content of a COCO file; ValueError if a detection's image is not in it."""
+def read_ground_truth(
+    ground_truth: str | Path | dict,
+    detections: list[dict],
+    image_ids: Iterable[int | str] | None = None,
+) -> tuple[dict, list[dict]]:
+    """A COCO file and detections on its images, ready for arrays and for COCO's code.
+
+    Args:
+        ground_truth: a COCO file or its content.
+        detections: COCO results.
+        image_ids: only these images; all by default.
+
+    Returns:
+        (content of the file, detections). Where ids of images are strings, both have
+        the number of the image instead, from 1 up; what was given stays as it is.
+
+    Raises:
+        ValueError: a detection's image is not in the file.
+    """
     if isinstance(ground_truth, dict):
         coco = ground_truth
     else:
         coco = read_coco(ground_truth, strict=False).to_dict()
-    known = {image["id"] for image in coco["images"]}
-    foreign = sorted({d["image_id"] for d in detections} - known)
+    number = {image["id"]: image["id"] for image in coco["images"]}
+    foreign = sorted({d["image_id"] for d in detections} - number.keys(), key=str)
     if foreign:
         raise ValueError(
             f"detections for images not in the ground truth: {foreign[:5]}"
         )
-    return coco
+    strings = any(isinstance(id_, str) for id_ in number)
+    if strings:
+        number = {id_: index for index, id_ in enumerate(number, start=1)}
+    if image_ids is not None:
+        wanted = set(image_ids)
+        number = {id_: n for id_, n in number.items() if id_ in wanted}
+    elif not strings:
+        return coco, detections
+
+    def numbered(rows: list[dict], key: str) -> list[dict]:
+        return [{**row, key: number[row[key]]} for row in rows if row[key] in number]
+
+    images = numbered(coco["images"], "id")
+    annotations = numbered(coco["annotations"], "image_id")
+    coco = {**coco, "images": images, "annotations": annotations}
+    return coco, numbered(detections, "image_id")
 
 
 @contextlib.contextmanager
@@ -128,7 +160,6 @@ def _matched(
     ground_truth: dict,
     detections: list[dict],
     max_dets: tuple[int, int, int],
-    image_ids: Iterable[int] | None,
 ) -> COCOeval_faster:
     """Detections matched with the ground truth, precision and recall accumulated."""
     images = [{"id": image["id"]} for image in ground_truth["images"]]
@@ -150,8 +181,6 @@ def _matched(
     sides = (COCO({**rest, "annotations": rows}) for rows in (truth, found))
     run = COCOeval_faster(*sides, "bbox")
     run.params.maxDets = list(max_dets)
-    if image_ids is not None:
-        run.params.imgIds = sorted(image_ids)
     run.evaluate()
     run.accumulate()
     return run
@@ -167,10 +196,10 @@ def coco_metrics(
     ground_truth: str | Path | dict,
     detections: list[dict],
     max_dets: tuple[int, int, int] = (1, 100, 500),
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[int | str] | None = None,
     tables: bool = False,
 ) -> dict:
-    """COCO's figures for boxes.
+    """COCO's figures for boxes; what is found on a crowd (iscrowd 1) is not counted.
 
     Args:
         ground_truth: a COCO file or its content.
@@ -189,8 +218,8 @@ def coco_metrics(
     Raises:
         ValueError: a detection names an image that the ground truth does not have.
     """
-    ground_truth = read_ground_truth(ground_truth, detections)
-    run = _matched(ground_truth, detections, max_dets, image_ids)
+    ground_truth, found = read_ground_truth(ground_truth, detections, image_ids)
+    run = _matched(ground_truth, found, max_dets)
     # (IoU, recall, class, area) of the last cap, and (IoU, class, area, cap)
     precision = np.asarray(run.eval["precision"])[..., -1]
     recall = np.asarray(run.eval["recall"])
@@ -243,7 +272,8 @@ def recall_ceiling(
         ValueError: there is no object, or a cap is below 1.
     """
     keys = ("image_id", "category_id") if per_class else ("image_id",)
-    truth = read_ground_truth(ground_truth, [])["annotations"]
+    rows = read_ground_truth(ground_truth, [])[0]["annotations"]
+    truth = [row for row in rows if not row.get("iscrowd")]
     counts = Counter(tuple(row[key] for key in keys) for row in truth)
     caps = list(caps)
     if not counts or min(caps, default=1) < 1:

@@ -4,6 +4,7 @@ Copy: this file, boxes.py, evaluate.py, coco.py and files.py.
 
 A score says how good a detector is; the kinds of its mistakes say what to do about it.
 Both functions give counts and lead back to the boxes, so that they can be looked at.
+Crowds (iscrowd 1) are no objects here.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ KINDS = (
 
 def _select(
     ground_truth: str | Path | dict, detections: list[dict], score_threshold: float
-) -> tuple[dict, np.ndarray, list[dict]]:
-    """(ground truth, indices of the detections by descending score, those)."""
-    ground_truth = read_ground_truth(ground_truth, detections)
+) -> tuple[dict, np.ndarray, np.ndarray, list[dict]]:
+    """Ground truth without crowds, indices of its objects in the file's annotations;
+    indices of the detections by descending score, those."""
+    ground_truth, detections = read_ground_truth(ground_truth, detections)
+    rows = ground_truth["annotations"]
+    objects = [i for i, row in enumerate(rows) if not row.get("iscrowd")]
+    ground_truth = {**ground_truth, "annotations": [rows[i] for i in objects]}
     known = {category["id"] for category in ground_truth["categories"]}
     foreign = sorted({row["category_id"] for row in detections} - known)
     if foreign:
@@ -40,7 +45,8 @@ def _select(
     scores = np.array([row["score"] for row in detections])
     order = np.argsort(-scores, kind="stable")
     index = order[scores[order] >= score_threshold]
-    return ground_truth, index, [detections[i] for i in index]
+    kept = [detections[i] for i in index]
+    return ground_truth, np.array(objects, np.int64), index, kept
 
 
 def _greedy(
@@ -85,20 +91,21 @@ def confusion_matrix(
 
     Returns:
         int64 (C + 1, C + 1), [label of the object, label found]. Label i is the i-th
-        category of the file from 1; 0 is background: row 0 counts detections where
-        nothing is labelled, column 0 objects that nothing was found on. The row of a
-        class sums to its objects, the column to its detections.
+        category by ascending id, as in `CocoTiles`; 0 is background: row 0 counts
+        detections where nothing is labelled, column 0 objects that nothing was found
+        on. The row of a class sums to its objects, the column to its detections.
 
     Raises:
         ValueError: a detection's image or category is not in the ground truth.
     """
-    ground_truth, _, kept = _select(ground_truth, detections, score_threshold)
+    ground_truth, _, _, kept = _select(ground_truth, detections, score_threshold)
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
     found, objects = _greedy(
         *iou_pairs(found_boxes, found_image, boxes, image, iou_threshold)
     )
-    label = {c["id"]: i for i, c in enumerate(ground_truth["categories"], start=1)}
+    ids = sorted(category["id"] for category in ground_truth["categories"])
+    label = {category_id: i for i, category_id in enumerate(ids, start=1)}
     of_object = np.array([label[i] for i in category.tolist()], np.int64)
     of_found = np.array([label[i] for i in found_category.tolist()], np.int64)
     matrix = np.zeros((len(label) + 1, len(label) + 1), np.int64)
@@ -159,7 +166,9 @@ def mistakes(
             f"background_iou is {background_iou} and iou_threshold {iou_threshold}; "
             "give 0 < background_iou < iou_threshold <= 1"
         )
-    ground_truth, index, kept = _select(ground_truth, detections, score_threshold)
+    ground_truth, of_file, index, kept = _select(
+        ground_truth, detections, score_threshold
+    )
     image, category, boxes = columns(ground_truth["annotations"])
     found_image, found_category, found_boxes = columns(kept)
     pairs = iou_pairs(found_boxes, found_image, boxes, image, background_iou)
@@ -181,9 +190,10 @@ def mistakes(
     left, kinds = np.ones(len(kept), bool), {}
     for kind, (applies, concerned) in rules.items():
         chosen = np.flatnonzero(left & applies)
-        kinds[kind] = np.stack([index[chosen], concerned[chosen]], axis=1)
+        target = np.append(of_file, -1)[concerned[chosen]]  # -1, for none, stays
+        kinds[kind] = np.stack([index[chosen], target], axis=1)
         left[chosen] = False
     explained = [kinds[k][:, 1] for k in ("correct", "confusion", "localisation")]
-    missed = np.setdiff1d(np.arange(len(image)), np.concatenate(explained))
+    missed = np.setdiff1d(of_file, np.concatenate(explained))
     kinds["missed"] = np.stack([np.full(len(missed), -1), missed], axis=1)
     return kinds

@@ -36,7 +36,7 @@ TWICE = {**content(), "images": content()["images"] * 2}
         ('{"images": [], "annotations": []}', "missing required field `categories`"),
         (changed("annotations", bbox=[1, 2]), r"annotations\[0\].bbox"),
         (changed("annotations", bbox=[1, 2, 3, 4, 5]), "`array` of at most length 4"),
-        (changed("images", id=1.5), r"Expected `int`.*images\[0\].id"),
+        (changed("images", id=1.5), r"Expected `int . str`.*images\[0\].id"),
         (changed("images", height=0), "image 'a.jpg' is 40 x 0 pixels"),
         (changed("annotations", id=2), "id 2 stands twice in annotations"),
         (json.dumps(TWICE), "id 5 stands twice in images"),

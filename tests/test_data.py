@@ -18,7 +18,7 @@ from e2e_utils.sampling import StepSampler, aspect_ratio_groups, repeat_factors
 
 @pytest.fixture
 def train_set(tiles):
-    return CocoTiles(tiles / "train_images_300_02", tiles / "train_300_02.json")
+    return CocoTiles(tiles / "train", tiles / "train.json")
 
 
 def boxes_lie_on_objects(image, target, at_least):
@@ -51,9 +51,9 @@ def test_a_wrong_coco_file_and_a_missing_folder_are_named(tiles, tmp_path, train
 
 
 def test_a_corrupt_and_a_missing_tile_are_named(tiles, tmp_path):
-    coco = json.loads((tiles / "train_300_02.json").read_text())
+    coco = json.loads((tiles / "train.json").read_text())
     (tmp_path / coco["images"][0]["file_name"]).write_bytes(b"\xff\xd8 no jpeg")
-    dataset = CocoTiles(tmp_path, tiles / "train_300_02.json")
+    dataset = CocoTiles(tmp_path, tiles / "train.json")
     with pytest.raises(ValueError, match=r"train_1\.jpg is not a readable image"):
         dataset[0]
     with pytest.raises(ValueError, match=r"train_2\.jpg is missing"):

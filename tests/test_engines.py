@@ -175,7 +175,8 @@ def test_every_engine_gives_the_boxes_of_torch_to_threads_that_ask_at_once(
         assert found["labels"].dtype == np.int64
         assert len(found["scores"]) == 40 and (np.diff(found["scores"]) <= 0).all()
         same(wanted[index % len(SIZES)], found)
-    scene, settings = decode(jpeg(500, 700, seed=3)), {"score_threshold": 0.0}
+    scene, settings = decode(jpeg(500, 700, seed=3)), {"size": 300, "overlap": 0.2}
+    settings |= {"score_threshold": 0.0}
     wanted, found = (predict_scene(m, scene, **settings) for m in (reference, module))
     assert len(wanted["scores"]) > 50
     same(wanted, found)
@@ -430,7 +431,12 @@ def test_on_a_gpu_the_boxes_are_those_of_the_cpu(plain):
         picture = decode(jpeg(*size, seed=7))
         same(predict_image(on_cpu, picture), predict_image(on_gpu, picture))
     scene = decode(jpeg(500, 700, seed=3))
-    same(*(predict_scene(m, scene, score_threshold=0.0) for m in (on_cpu, on_gpu)))
+    same(
+        *(
+            predict_scene(m, scene, 300, 0.2, score_threshold=0.0)
+            for m in (on_cpu, on_gpu)
+        )
+    )
 
 
 # In a process of its own: the libraries of other roads are gone there.
@@ -444,7 +450,7 @@ from e2e_utils.predict import predict_image, predict_scene
 module, meta = load_engine(sys.argv[1], device="cpu")
 pixels = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
 found = predict_image(module, pixels, class_names=meta["class_names"])
-scene = predict_scene(module, pixels, score_threshold=0.0)
+scene = predict_scene(module, pixels, 300, 0.2, score_threshold=0.0)
 assert len(found["names"]) and len(scene["scores"])
 """
 ELSEWHERE = ("kserve", "openvino", "onnx", "onnxruntime", "determined", "ray")

@@ -136,11 +136,11 @@ class Labels(torch.nn.Module):
 
 
 def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
-    dataset = CocoTiles(tiles / "val_images_300_02", tiles / "val_300_02.json")
+    dataset = CocoTiles(tiles / "val", tiles / "val.json")
     model = Labels(dataset).train()
     found = detect(model, eval_loader(dataset, 2), "cpu", dataset.category_ids)
     assert model.training
-    truth = json.loads((tiles / "val_300_02.json").read_text())
+    truth = json.loads((tiles / "val.json").read_text())
     assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
 
 

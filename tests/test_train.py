@@ -20,7 +20,9 @@ from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig, parse_args
 from e2e_utils.data import CocoTiles
 from e2e_utils.optim import lr_factor, make_optimizer
+from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
+from sample_data.noise import write_noise_tiles
 
 TINY = {
     "steps": 12,
@@ -84,7 +86,7 @@ def test_a_run_reports_and_saves_at_each_evaluation(whole_run):
     assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [6, 6, 12, 12]
     model, meta = model_from_checkpoint(output / "best.pt")
     assert meta["class_names"] == ["background", "square", "bar", "dot"]
-    assert meta["tile_size"] == 300 and meta["config"]["steps"] == 12
+    assert meta["tile_size"] == 96 and meta["config"]["steps"] == 12
     assert model.transform.min_size == (96,)
 
 
@@ -154,8 +156,9 @@ def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
         ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
         ({"cache": "ram"}, "cache must be True or False, got 'ram'"),
         ({"repeat_threshold": -1}, "repeat_threshold must be in 0..1, got -1"),
-        ({"data_path": "nowhere"}, "nowhere/train_images_300_02"),
+        ({"data_path": "nowhere"}, "nowhere has no tiles.json"),
         ({"output_dir": "WHOLE", "lr": 0.5}, "lr: 0.001 there, 0.5 asked"),
+        ({"output_dir": "WHOLE", "data_path": "WIDER"}, "tile_size 96, .* have 128"),
         ({"model": "ssd300_vgg16", "settings": {}}, "architecture fasterrcnn_sm"),
         ({"settings": {"anchor_sizes": [[4, 8, 16, 32]] * 3}}, "other settings"),
         ({"init_checkpoint": "gone.pt"}, "gone.pt"),
@@ -168,7 +171,9 @@ def test_a_run_that_cannot_be_is_refused_before_it_writes(
     state = torch.load(whole_run[0] / "last.pt", weights_only=True)
     state["class_names"][1] = "boat"
     torch.save(state, tmp_path / "boats.pt")
+    write_noise_tiles(tmp_path / "wider", 128)
     places = {"WHOLE": str(whole_run[0]), "BOATS": str(tmp_path / "boats.pt")}
+    places["WIDER"] = str(tmp_path / "wider")
     if changes.keys() & {"model", "settings"}:
         changes = {"init_checkpoint": str(whole_run[0] / "last.pt"), **changes}
     changes = {key: places.get(str(value), value) for key, value in changes.items()}
@@ -276,9 +281,11 @@ def test_the_average_of_weights_is_followed_and_evaluated(tiles, tmp_path):
 
 def test_a_rare_class_lengthens_an_epoch(tiles, tmp_path):
     data = shutil.copytree(tiles, tmp_path / "data")
-    coco = json.loads((data / "train_300_02.json").read_text())
+    coco = json.loads((data / "train.json").read_text())
     coco["annotations"][0]["category_id"] = 2  # a class that one tile of 12 has
-    (data / "train_300_02.json").write_text(json.dumps(coco))
+    (data / "train.json").write_text(json.dumps(coco))
+    described = {"tile_size": 96, "overlap": 0.0}
+    describe_split(data, "train", data / "train", data / "train.json", **described)
     given = {"steps": None, "epochs": 1, "eval_steps": 100, "repeat_threshold": 1.0}
     fit(config(data, tmp_path / "run", **given), progress=False)
     whole = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -436,7 +443,7 @@ def test_two_processes_are_one_run(tiles, tmp_path):
 
     model, meta = model_from_checkpoint(tmp_path / "run" / "last.pt")
     alone, _ = evaluate_split(
-        model, CocoTiles(*wanted.split("val")), torch.device("cpu")
+        model, CocoTiles(*read_tile_set(tiles).split("val")), torch.device("cpu")
     )
     assert alone["AR_500"] > 0
     figures = {key: alone[key] for key in ("AP", "AP50", "AR_500")}
