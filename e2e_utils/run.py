@@ -13,6 +13,7 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,10 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         config.check()
-        self.tiles = read_tile_set(config.data_path)
-        config = as_they_are(config, self.tiles.tile_size)
-        self.config = config
         self.rank, self.world_size, local_rank = start_process_group(config.device)
         self.device = find_device(config.device, local_rank)
+        self.tiles = read_tile_set(config.data_path)
+        self.config = config = as_they_are(config, self.tiles.tile_size)
         state = read_last(config, self.device)
         self.precision = agree_on_precision(config, self.device, state)
         self._open_tiles()
@@ -259,10 +259,14 @@ def read_last(config: TrainConfig, device: torch.device) -> dict:
 def check_same_tiles(state: dict, tiles: TileSet, config: TrainConfig) -> None:
     """ValueError if a run that goes on would learn from tiles of another kind."""
     for key, value in tiles.describe().items():
-        if key in state and state[key] != value:
+        before = state.get(key, value)
+        if before != value:
+            if isinstance(value, list):  # the first that differs says enough
+                pairs = zip_longest(before, value)
+                before, value = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
-                f"{config.output_dir} holds a run on tiles with {key} {state[key]}, "
-                f"those of {config.data_path} have {value}: choose another output_dir"
+                f"{config.output_dir} holds a run on tiles with {key} {before!r}, "
+                f"those of {config.data_path} have {value!r}: choose another output_dir"
             )
 
 

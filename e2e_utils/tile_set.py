@@ -21,7 +21,7 @@ from .files import write_file
 FORMAT = 1  # of tiles.json; a number more where an older reader would misread it
 NAME = "tiles.json"
 MANIFEST = "_manifest.json"  # how the name of a manifest ends, see tile_files.py
-_AGAIN = "run notebook 2, or e2e_utils.tiling, again"
+_AGAIN = "run notebook 2, or e2e_utils.prepare, again"
 
 
 class Split(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -132,7 +132,8 @@ def read_tile_set(folder: str | Path) -> TileSet:
                 f"its tiles, or a run that was stopped; {_AGAIN}"
             )
         raise FileNotFoundError(
-            f"{folder} has no {NAME}: it is no folder of tiles, or {_AGAIN}"
+            f"{folder} has no {NAME}: make tiles there with notebook 2 or "
+            "e2e_utils.prepare, or describe those of another tool with describe_split"
         )
     tiles = _read(path)
     for name, split in tiles.splits.items():

@@ -102,7 +102,7 @@ def change(name, text):
             lambda f: shutil.rmtree(f / "val_images_512_025"),
             "val_images_512_025 is mis",
         ),
-        (shutil.rmtree, "has no tiles.json: it is no folder of tiles"),
+        (shutil.rmtree, "has no tiles.json: make tiles there with"),
     ],
 )
 def test_a_folder_that_is_not_what_was_made_is_refused(own, tmp_path, damage, said):

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig, parse_args
 from e2e_utils.data import CocoTiles
+from e2e_utils.experiment import train_config
 from e2e_utils.optim import lr_factor, make_optimizer
 from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
-from sample_data.noise import write_noise_tiles
 
 TINY = {
     "steps": 12,
@@ -154,6 +154,8 @@ def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
         ({"device": "cuda:99"}, "device 'cuda:99', but torch .* finds"),
         ({"model": "yolo"}, "unknown model 'yolo'"),
         ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+        ({"lr_milestones": [1, "2"]}, "lr_milestones must be a whole number, got '2'"),
         ({"cache": "ram"}, "cache must be True or False, got 'ram'"),
         ({"repeat_threshold": -1}, "repeat_threshold must be in 0..1, got -1"),
         ({"data_path": "nowhere"}, "nowhere has no tiles.json"),
@@ -171,9 +173,11 @@ def test_a_run_that_cannot_be_is_refused_before_it_writes(
     state = torch.load(whole_run[0] / "last.pt", weights_only=True)
     state["class_names"][1] = "boat"
     torch.save(state, tmp_path / "boats.pt")
-    write_noise_tiles(tmp_path / "wider", 128)
     places = {"WHOLE": str(whole_run[0]), "BOATS": str(tmp_path / "boats.pt")}
-    places["WIDER"] = str(tmp_path / "wider")
+    places["WIDER"] = str(shutil.copytree(tiles, tmp_path / "wider"))
+    said = (tmp_path / "wider" / "tiles.json").read_text()
+    wider = said.replace('"tile_size": 96', '"tile_size": 128')
+    (tmp_path / "wider" / "tiles.json").write_text(wider)
     if changes.keys() & {"model", "settings"}:
         changes = {"init_checkpoint": str(whole_run[0] / "last.pt"), **changes}
     changes = {key: places.get(str(value), value) for key, value in changes.items()}
@@ -204,6 +208,20 @@ def test_the_rate_warms_up_then_falls(tiles):
         factor = lr_factor(config(tiles, "x", **given, **when), 100, 10)
         rates = [factor(step) for step in (0, 39, 40, 80)]
         assert rates == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_whole_floats_are_taken_as_ints():
+    given = {"steps": 1e5, "eval_steps": None, "lr_milestones": [1e2, 200], "lr": 1}
+    run = TrainConfig("d", "o", **given)
+    assert (run.steps, run.eval_steps, run.lr_milestones) == (100_000, None, [100, 200])
+    assert type(run.steps) is type(run.lr_milestones[0]) is int
+    for steps in (float("inf"), float("nan"), True, "1e5"):
+        with pytest.raises(ValueError, match="steps must be a whole number, got"):
+            TrainConfig("d", "o", steps=steps)
+    hparams = {"global_batch_size": 4.0, "max_batches": 1e2, "backend": "fake"}
+    assert train_config({**hparams, "warmup_batches": 10.0}, 2).batch_size == 2
+    with pytest.raises(ValueError, match="global_batch_size must be .*'4'"):
+        train_config({**hparams, "global_batch_size": "4"})
 
 
 def test_every_field_is_a_flag():
