@@ -73,6 +73,7 @@ for name in names:  # it grows by what the first one names
         read = json.loads(content)
         if name == names[0]:
             names += [split["coco"] for split in read["splits"].values()]
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_file(target, [content])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
