@@ -176,8 +176,8 @@ def self_labelled(artefact: Path, pictures: list[bytes], folder: Path) -> tuple:
             row = {"id": len(coco["annotations"]) + 1, "image_id": index, "iscrowd": 0}
             row |= {"category_id": label - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             coco["annotations"].append({**row, "area": (x2 - x1) * (y2 - y1)})
-    (folder / "tiles.json").write_text(json.dumps(coco))
-    return folder / "tiles.json", folder
+    (folder / "labels.json").write_text(json.dumps(coco))
+    return folder / "labels.json", folder
 
 
 def approve(artefact: Path, subject: Subject, folder: Path) -> dict:

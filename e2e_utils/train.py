@@ -11,8 +11,8 @@ What a loop says goes through three plain callables: report(metrics, step), save
 and should_stop(); the platforms hang theirs on these.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
-sampling.py, models.py, backbones.py, autocast.py, hardware.py, optim.py and
-evaluate.py.
+tile_set.py, sampling.py, models.py, backbones.py, autocast.py, hardware.py, optim.py
+and evaluate.py.
 """
 
 from __future__ import annotations

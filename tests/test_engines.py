@@ -20,6 +20,7 @@ from torchvision.ops import poolers
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image, predict_scene
+from e2e_utils.tile_set import describe_split
 from kserve_utils import artefact as artefacts
 from kserve_utils import engines, export, graphs
 from kserve_utils.approve import approve_precision
@@ -517,8 +518,8 @@ def labelled(plain, tmp_path):
             row = {"id": len(coco["annotations"]) + 1, "image_id": index, "iscrowd": 0}
             row |= {"category_id": int(label) - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             coco["annotations"].append({**row, "area": (x2 - x1) * (y2 - y1)})
-    (tmp_path / "tiles.json").write_text(json.dumps(coco))
-    return tmp_path / "tiles.json", folder
+    (tmp_path / "labels.json").write_text(json.dumps(coco))
+    return tmp_path / "labels.json", folder
 
 
 @pytest.mark.slow
@@ -527,8 +528,9 @@ def test_approval_is_measured_on_labelled_tiles_and_remembered(
     copy, labelled, every_precision, precision, other, run_main
 ):
     path, folder = labelled
-    command = ["--artefact", copy, "--engine", "torch", "--json", path]
-    command += ["--images", folder, "--precision", precision, "--max-drop"]
+    describe_split(path.parent, "val", folder, path, tile_size=300, overlap=0.2)
+    command = ["--artefact", copy, "--engine", "torch", "--tiles", path.parent]
+    command += ["--precision", precision, "--max-drop"]
     status, printed = run_main(approve_main, *command, 1)
     device = str(engines.resolve_device("torch"))
     assert status == 0
@@ -599,7 +601,8 @@ def architecture(name: str) -> dict:
         model.backbone(torch.rand(4, 3, 320, 320))
     content = {"model": model.state_dict(), "architecture": name}
     settings["score_thresh"] = 0.0
-    return {**content, "settings": settings, "class_names": NAMES[:5]}
+    tiles = {"tile_size": 160, "overlap": 0.2}
+    return {**content, **tiles, "settings": settings, "class_names": NAMES[:5]}
 
 
 FAMILIES = (

@@ -13,6 +13,7 @@ from e2e_utils.data import CocoTiles
 from e2e_utils.evaluate import coco_metrics, to_coco
 from e2e_utils.prepare import prepare_tiles, split_coco
 from e2e_utils.scenes import FailedScenes
+from e2e_utils.storage import sync, upload
 from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.tiling import slice_coco
 from e2e_utils.train import fit
@@ -142,6 +143,16 @@ def test_a_split_that_is_being_made_is_not_listed(own, tmp_path, monkeypatch):
         slice_coco(own / "scenes", own / "labels.json", tmp_path / "tiles", **given)
     with pytest.raises(ValueError, match="another run"):
         read_tile_set(tmp_path / "tiles")
+
+
+def test_a_description_goes_through_a_bucket_with_its_tiles(own, tmp_path):
+    upload(own / "tiles", tmp_path / "bucket")
+    sync(tmp_path / "bucket", tmp_path / "back")
+    back = read_tile_set(tmp_path / "back")
+    assert back.describe() == read_tile_set(own / "tiles").describe()
+    assert len(CocoTiles(*back.split("val"))) == back.splits["val"].tiles
+    with pytest.raises(FileNotFoundError, match="scenes is not there; by .*back/tiles"):
+        back.scenes("val")
 
 
 def test_tiles_of_another_tool_are_described_and_trained_on(tmp_path):
