@@ -128,12 +128,17 @@ def _check_annotations(coco: Coco, path: Path) -> None:
             )
 
 
-def boxes_xyxy(coco: Coco) -> np.ndarray:
-    """Boxes of the annotations as detectors see them: float32 (N, 4) in pixels."""
+def _corners(coco: Coco) -> np.ndarray:
+    """Boxes of the annotations: float64 (N, 4), xyxy in pixels."""
     numbers = chain.from_iterable(astuple(row.bbox) for row in coco.annotations)
     boxes = np.fromiter(numbers, np.float64, 4 * len(coco.annotations)).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    return boxes.astype(np.float32)
+    return boxes
+
+
+def boxes_xyxy(coco: Coco) -> np.ndarray:
+    """Boxes of the annotations as detectors see them: float32 (N, 4) in pixels."""
+    return _corners(coco).astype(np.float32)
 
 
 def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
@@ -151,6 +156,34 @@ def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str,
         dropped[reason] = int((kept & bad).sum())
         kept = kept & ~bad
     return np.flatnonzero(kept), dropped
+
+
+def usable_boxes(coco: Coco) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The annotations of a file that was not read strictly, without what is no box.
+
+    Returns:
+        [index of the image int64 (N,), ascending; category id int64 (N,); iscrowd
+        int64 (N,); boxes_xyxy float64 (N, 4) in pixels], and how many were left out
+        by each reason. A negative width or height counts as absolute, as in SAHI.
+    """
+    rows, xyxy = coco.annotations, _corners(coco)
+    position = {image.id: i for i, image in enumerate(coco.images)}
+    known = [row.id for row in coco.categories]
+    image = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
+    category = np.array([row.category_id for row in rows], np.int64)
+    crowd = np.array([row.iscrowd for row in rows], np.int64)
+    xyxy = np.sort(xyxy.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
+    order, dropped = count_defects(
+        {
+            "image not listed": image < 0,
+            "category not listed": ~np.isin(category, known),
+            "zero area": area == 0,
+            "area below 1 pixel": ~(area >= 1),
+        }
+    )
+    order = order[np.argsort(image[order], kind="stable")]
+    return [image[order], category[order], crowd[order], xyxy[order]], dropped
 
 
 def to_annotations(

@@ -14,20 +14,18 @@ Copy: this file, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py and fil
 
 import sys
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from msgspec.structs import astuple
 
 from .coco import (
     MIN_SIDE,
     Coco,
     Image,
-    count_defects,
     read_coco,
     to_annotations,
+    usable_boxes,
     write_coco,
 )
 from .files import write_file
@@ -86,40 +84,12 @@ class TilingReport:
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
 
 
-def _usable_boxes(
-    coco: Coco, report: TilingReport
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Index of the scene (ascending), category, iscrowd, xyxy; others are counted."""
-    rows = coco.annotations
-    position = {image.id: i for i, image in enumerate(coco.images)}
-    known = [row.id for row in coco.categories]
-    scene = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
-    category = np.array([row.category_id for row in rows], np.int64)
-    crowd = np.array([row.iscrowd for row in rows], np.int64)
-    numbers = chain.from_iterable(astuple(row.bbox) for row in rows)
-    xywh = np.fromiter(numbers, np.float64, 4 * len(rows)).reshape(-1, 4)
-    # a negative width or height counts as absolute, as in SAHI
-    ends = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
-    xyxy = np.hstack([np.minimum(*ends), np.maximum(*ends)])
-    area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
-    order, report.dropped = count_defects(
-        {
-            "image not listed": scene < 0,
-            "category not listed": ~np.isin(category, known),
-            "zero area": area == 0,
-            "area below 1 pixel": ~(area >= 1),
-        }
-    )
-    order = order[np.argsort(scene[order], kind="stable")]
-    return scene[order], category[order], crowd[order], xyxy[order]
-
-
 def _plan(
     coco: Coco, report: TilingReport, size: int, overlap: float, min_area_ratio: float
 ) -> list[_Scene]:
     """Lay the grid over every scene and clip its boxes; count what is dropped."""
     report.scenes, report.boxes = len(coco.images), len(coco.annotations)
-    scene, category, crowd, xyxy = _usable_boxes(coco, report)
+    (scene, category, crowd, xyxy), report.dropped = usable_boxes(coco)
     cuts = np.searchsorted(scene, np.arange(len(coco.images) + 1))
     scenes = []
     for i, image in enumerate(coco.images):
@@ -147,7 +117,11 @@ def _plan(
 
 
 def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
-    """Keep `ratio` tiles without boxes for each tile with boxes, over all scenes."""
+    """Keep `ratio` tiles without boxes for each with boxes, over all scenes; or all."""
+    if ratio == np.inf:
+        for scene in scenes:
+            scene.keep[:] = True
+        return
     keep = np.concatenate([np.zeros(0, bool), *(scene.keep for scene in scenes)])
     empty = np.flatnonzero(~keep)
     wanted = min(len(empty), round(ratio * keep.sum()))
@@ -189,6 +163,19 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
     write_coco(report.coco_json, Coco(images, annotations, coco.categories))
     report.tiles, report.annotations = len(images), len(annotations)
     report.negatives = in_tile.count(0)
+
+
+def _checked_size(
+    slice_size: float, min_area_ratio: float, negative_ratio: float
+) -> int:
+    """ValueError for a value out of range that nothing else would refuse."""
+    if not 0 <= min_area_ratio <= 1:
+        raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
+    if not 0 <= negative_ratio < np.inf:
+        raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
+    if slice_size != int(slice_size):
+        raise ValueError(f"slice_size is {slice_size}; give a whole number of pixels")
+    return int(slice_size)  # papermill passes 3e2 as a float
 
 
 def slice_coco(
@@ -243,13 +230,7 @@ def slice_coco(
             `output_dir` has tiles of another size, overlap or of other categories.
         OSError: the disk is full or not writable.
     """
-    if not 0 <= min_area_ratio <= 1:
-        raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
-    if not 0 <= negative_ratio < np.inf:
-        raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
-    if slice_size != int(slice_size):
-        raise ValueError(f"slice_size is {slice_size}; give a whole number of pixels")
-    slice_size = int(slice_size)  # papermill passes 3e2 as a float
+    slice_size = _checked_size(slice_size, min_area_ratio, negative_ratio)
     coco_json, images, out = Path(coco_json), Path(image_dir), Path(output_dir)
     split = split or coco_json.stem
     tag = f"{slice_size}_{str(float(overlap_ratio)).replace('.', '')}"
@@ -262,11 +243,7 @@ def slice_coco(
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
     start_split(out, split, slice_size, overlap_ratio, coco.categories)
     coco.annotations.clear()
-    if ignore_negative_samples:
-        _keep_negatives(scenes, negative_ratio, seed)
-    else:
-        for scene in scenes:
-            scene.keep[:] = True
+    _keep_negatives(scenes, negative_ratio if ignore_negative_samples else np.inf, seed)
     settings = {
         "min_area_ratio": min_area_ratio,
         "ignore_negative_samples": ignore_negative_samples,

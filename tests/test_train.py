@@ -21,6 +21,7 @@ from e2e_utils.config import TrainConfig, parse_args
 from e2e_utils.data import CocoTiles
 from e2e_utils.experiment import train_config
 from e2e_utils.optim import lr_factor, make_optimizer
+from e2e_utils.run import as_they_are
 from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
@@ -222,6 +223,18 @@ def test_whole_floats_are_taken_as_ints():
     assert train_config({**hparams, "warmup_batches": 10.0}, 2).batch_size == 2
     with pytest.raises(ValueError, match="global_batch_size must be .*'4'"):
         train_config({**hparams, "global_batch_size": "4"})
+
+
+def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
+    small = config(tiles, "x", settings={})
+    assert as_they_are(small, 512).settings == {"min_size": 512, "max_size": 512}
+    for kept, size in (
+        (small, 300),
+        (config(tiles, "x", settings={"min_size": 600}), 512),
+        (config(tiles, "x", settings={}, model="fasterrcnn_resnet50_fpn"), 512),
+        (config(tiles, "x", settings={}, model="ssd300_vgg16"), 512),
+    ):
+        assert as_they_are(kept, size) is kept
 
 
 def test_every_field_is_a_flag():
