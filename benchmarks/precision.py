@@ -41,6 +41,7 @@ from e2e_utils.hardware import (
 )
 from e2e_utils.models import MODELS, build_model
 from e2e_utils.optim import make_optimizer
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import fit, seed_step, train_step
 
 SIZE, DROP = 300, 0.005
@@ -124,7 +125,7 @@ def steps(
 def drawn_tiles(folder: Path, scenes: int) -> Path:
     """The embedded data set, converted and cut into tiles, below `folder`."""
     from e2e_utils.convert import geojson_to_coco
-    from e2e_utils.tiling import slice_coco
+    from e2e_utils.prepare import prepare_tiles
     from sample_data.dataset import draw_dataset
 
     data = draw_dataset(folder / "xview", scenes)
@@ -132,13 +133,7 @@ def drawn_tiles(folder: Path, scenes: int) -> Path:
     coco, tiles = folder / "coco", folder / "tiles"
     with contextlib.redirect_stdout(io.StringIO()):
         geojson_to_coco(images, labels, coco, 0.75)
-        slice_coco(images, coco / "train.json", tiles)
-        slice_coco(
-            images,
-            coco / "val.json",
-            tiles,
-            ignore_negative_samples=False,
-        )
+        prepare_tiles(images, coco / "train.json", tiles, val_coco=coco / "val.json")
     return tiles
 
 
@@ -191,7 +186,7 @@ def evaluated(folder: Path, tiles: Path, device: torch.device, host: str) -> lis
     from kserve_utils.engines import load_engine
     from kserve_utils.export import strip_checkpoint
 
-    images, labels = TrainConfig(str(tiles), "").split("val")
+    images, labels = read_tile_set(tiles).split("val")
     data = CocoTiles(images, labels)
     model, _ = model_from_checkpoint(folder / "fp32" / "last.pt", device)
     stripped = strip_checkpoint(folder / "fp32" / "last.pt", folder / "stripped.pth")

@@ -335,23 +335,21 @@ def same_labels(original: Path, ours: Path) -> bool:
 
 def same_tiles(original: Path, ours: Path) -> bool:
     """Every tile file byte for byte, every annotation but for its vertex order."""
+    from e2e_utils.tile_set import read_tile_set
+
     theirs = json.loads((original / "coco.json").read_text())
-    mine = json.loads((ours / "train_300_02.json").read_text())
+    image_dir, labels = read_tile_set(ours).split("train")
+    mine = json.loads(labels.read_text())
     for row in theirs["annotations"] + mine["annotations"]:
         points = row["segmentation"][0]
         row["segmentation"] = sorted(zip(points[::2], points[1::2], strict=True))
-    files = [
-        sorted(folder.iterdir()) for folder in (original / "tiles", ours / IMAGE_DIR)
-    ]
+    files = [sorted(folder.iterdir()) for folder in (original / "tiles", image_dir)]
     names = [[file.name for file in side] for side in files]
     return (
         mine == theirs
         and names[0] == names[1]
         and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
     )
-
-
-IMAGE_DIR = "train_images_300_02"
 
 
 def main() -> None:

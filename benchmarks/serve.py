@@ -47,11 +47,11 @@ import requests
 import torch
 from PIL import Image
 
-from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import native_precisions
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image
+from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import fit
 from kserve_utils.approve import MAX_DROP, approve_precision
 from kserve_utils.artefact import write_artefact
@@ -111,12 +111,13 @@ def draw_tiles(path: Path, folder: Path, count: int, seed: int) -> None:
 
 def trained(folder: Path) -> Subject:
     """fasterrcnn_small after 120 steps on drawn tiles."""
-    config = TrainConfig(str(folder), str(folder / "run"), steps=120, tile_size=SIZE)
+    config = TrainConfig(str(folder), str(folder / "run"), steps=120)
     config.settings = {"min_size": SIZE, "max_size": SIZE}
     config.amp, config.eval_steps = "off", 120  # what bf16 costs is asked of serving
     for split, count, seed in (("train", 40, 0), ("val", 16, 1)):
-        images, path = config.split(split)
+        images, path = folder / split, folder / f"{split}.json"
         draw_tiles(path, images, count, seed)
+        describe_split(folder, split, images, path, tile_size=SIZE, overlap=0.0)
     fit(config, progress=False)
     return own(folder / "run" / "best.pt", folder, folder)
 
@@ -124,9 +125,7 @@ def trained(folder: Path) -> Subject:
 def own(checkpoint: Path, tiles: Path, folder: Path) -> Subject:
     """A checkpoint of e2e_utils.train and the validation tiles below `tiles`."""
     stripped = strip_checkpoint(checkpoint, folder / "stripped.pth")
-    _, meta = model_from_checkpoint(stripped)
-    of = {key: meta[key] for key in ("tile_size", "overlap")}
-    images, path = TrainConfig(str(tiles), "", **of).split("val")
+    images, path = read_tile_set(tiles).split("val")
     rows = json.loads(path.read_text())["images"]
     some = [rows[i * len(rows) // 8]["file_name"] for i in range(8)]
     return Subject(stripped, [(images / n).read_bytes() for n in some], (path, images))
@@ -177,8 +176,8 @@ def self_labelled(artefact: Path, pictures: list[bytes], folder: Path) -> tuple:
             row = {"id": len(coco["annotations"]) + 1, "image_id": index, "iscrowd": 0}
             row |= {"category_id": label - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             coco["annotations"].append({**row, "area": (x2 - x1) * (y2 - y1)})
-    (folder / "tiles.json").write_text(json.dumps(coco))
-    return folder / "tiles.json", folder
+    (folder / "labels.json").write_text(json.dumps(coco))
+    return folder / "labels.json", folder
 
 
 def approve(artefact: Path, subject: Subject, folder: Path) -> dict:

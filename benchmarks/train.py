@@ -58,6 +58,7 @@ MODEL, LR, SIZE, RECIPE_SIZE = "fasterrcnn_resnet50_fpn", 0.0025, 300, 800
 def build_tiles(folder: Path, scenes: int) -> tuple[Path, Path]:
     """(folder of tiles, COCO file) of drawn scenes."""
     from e2e_utils.convert import geojson_to_coco
+    from e2e_utils.tile_set import read_tile_set
     from e2e_utils.tiling import slice_coco
     from sample_data.dataset import draw_dataset
 
@@ -67,7 +68,7 @@ def build_tiles(folder: Path, scenes: int) -> tuple[Path, Path]:
         geojson_to_coco(images, labels, folder / "coco", 0.75)
     coco, tiles = folder / "coco" / "train.json", folder / "tiles"
     slice_coco(images, coco, tiles, split="train")
-    return TrainConfig(str(tiles), "").split("train")
+    return read_tile_set(tiles).split("train")
 
 
 class RecipeTiles(Dataset):

@@ -11,17 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils.checkpoint import (
+    bare_weights,
     load_detector,
     load_file,
     read_checkpoint,
     save_checkpoint,
 )
 
-_OF_DETECTOR = ("architecture", "settings", "class_names", "tile_size", "overlap")
-DESCRIPTION = (*_OF_DETECTOR, "precision", "step", "metrics")
+_OF_DETECTOR = ("architecture", "settings", "class_names", "category_ids")
+DESCRIPTION = (*_OF_DETECTOR, "tile_size", "overlap", "precision", "step", "metrics")
 
 
 def read_trial_checkpoint(path: str | Path) -> dict:
@@ -31,10 +31,10 @@ def read_trial_checkpoint(path: str | Path) -> dict:
 
     Returns:
         "model" (state dict, without DDP's prefix; the average of the weights where the
-        trial made one), "architecture", "settings", "class_names", "tile_size",
-        "overlap", "precision", "step" and "metrics" (of the last validation; by the
-        names of `e2e_utils.evaluate.METRICS`, or of `coco_metrics` if core_api.py
-        wrote it).
+        trial made one), "architecture", "settings", "class_names", "category_ids",
+        "tile_size", "overlap", "precision", "step" and "metrics" (of the last
+        validation; by the names of `e2e_utils.evaluate.METRICS`, or of `coco_metrics`
+        if core_api.py wrote it).
 
     Raises:
         FileNotFoundError: neither state_dict.pth nor last.pt in the folder.
@@ -57,8 +57,7 @@ def read_trial_checkpoint(path: str | Path) -> dict:
     weights = content["callbacks"].get("e2e", {}).get("average")
     if weights is None:
         weights = content["models_state_dict"][0]
-        consume_prefix_in_state_dict_if_present(weights, "module.")
-    return {"model": weights, **content["e2e"]}
+    return {"model": bare_weights(weights), **content["e2e"]}
 
 
 def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:

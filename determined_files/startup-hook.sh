@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Prepares a container before the trial starts; a cluster runs it because of its name.
 #
-#   E2E_LABELS_URL   folder of train_300_02.json and val_300_02.json in your bucket,
-#                    s3://... or gs://...; nothing is fetched if it is not set
+#   E2E_LABELS_URL   folder of the tiles in your bucket, s3://... or gs://...: tiles.json
+#                    and the COCO files that it names; nothing is fetched if it is not set
 #   E2E_LABELS_DIR   where they go (required with the above)
 #
 # Set both under environment.environment_variables of the experiment. The labels arrive
@@ -63,14 +63,18 @@ from e2e_utils.files import write_file
 from e2e_utils.storage import open_store
 
 url, folder = sys.argv[1:]
-for name in ("train_300_02.json", "val_300_02.json"):
+store, names = open_store(url), ["tiles.json"]
+for name in names:  # it grows by what the first one names
     target = Path(folder, name)
-    if target.is_file() and target.stat().st_size:
-        print(f"startup-hook: {name} is there")
-        continue
     try:
-        content = bytes(obstore.get(open_store(url), name).bytes())
-        json.loads(content)
+        if target.is_file() and target.stat().st_size and name != names[0]:
+            print(f"startup-hook: {name} is there")
+            continue
+        content = bytes(obstore.get(store, name).bytes())
+        read = json.loads(content)
+        if name == names[0]:
+            names += [split["coco"] for split in read["splits"].values()]
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_file(target, [content])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

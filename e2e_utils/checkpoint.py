@@ -11,6 +11,7 @@ to train on, to export and to serve.
 from __future__ import annotations
 
 import os
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,37 @@ CHECKPOINT_KEYS = ("model", "architecture", "settings", "class_names")
 TRAINING_KEYS = ("trained", "optimizer", "scheduler", "scaler", "unreported")
 
 
-def describe(config: TrainConfig, class_names: list[str]) -> dict:
+def describe(config: TrainConfig, tiles: dict) -> dict:
     """What a checkpoint says of its detector.
+
+    Args:
+        config: of the run.
+        tiles: what the run learned from, of `TileSet.describe`.
 
     Returns:
         "architecture", "settings" (all of them, with the values they have, so that a
         default that changes later does not change this detector), "class_names" (index
-        = label, the background first), "tile_size" and "overlap".
+        = label, the background first), "category_ids" (COCO id of label 1, 2, ...),
+        "tile_size" and "overlap".
     """
     return {
         "architecture": config.model,
         "settings": resolved_settings(
             config.model, config.weights, config.weights_backbone, **config.settings
         ),
-        "class_names": class_names,
-        "tile_size": config.tile_size,
-        "overlap": config.overlap,
+        **tiles,
+    }
+
+
+def bare_weights(weights: dict) -> dict:
+    """A state dict by the model's own names of its weights.
+
+    DistributedDataParallel writes "module." before each, torch.compile "_orig_mod."
+    before those of what was compiled, both in either order.
+    """
+    return {
+        re.sub(r"^module\.", "", name.replace("_orig_mod.", "")): value
+        for name, value in weights.items()
     }
 
 
@@ -103,8 +119,8 @@ def model_from_checkpoint(
 
     Returns:
         (model, meta): meta is the checkpoint without its weights and optimizer state:
-        architecture, settings, class_names (index = label), tile_size, overlap, and
-        what else the checkpoint says.
+        architecture, settings, class_names (index = label), category_ids, tile_size,
+        overlap, and what else the checkpoint says.
 
     Raises:
         ValueError: not such a checkpoint; the message names the file and what lacks.
@@ -128,7 +144,7 @@ def load_detector(checkpoint: dict, path: str | os.PathLike) -> nn.Module:
     name, classes = checkpoint["architecture"], len(checkpoint["class_names"])
     model = build_model(name, classes, **checkpoint["settings"])
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(bare_weights(checkpoint["model"]))
     except RuntimeError as error:
         raise ValueError(
             f"the weights in {path} do not fit {name} with {classes} classes: "
@@ -169,7 +185,7 @@ def start_from(
             f"init_checkpoint {path} has {old!r} as label {label}, the run {new!r}"
         )
     try:
-        model.load_state_dict(there["model"])
+        model.load_state_dict(bare_weights(there["model"]))
     except RuntimeError as error:
         raise ValueError(
             f"init_checkpoint {path} was trained with other settings: {error}"[:400]

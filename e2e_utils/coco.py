@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from itertools import count, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from .files import write_file
+
+MIN_SIDE = 1e-3  # px; a flip or a resize in float32 can make a narrower box vanish
 
 
 class Image(msgspec.Struct, gc=False):
@@ -22,7 +25,7 @@ class Image(msgspec.Struct, gc=False):
 
     height: int
     width: int
-    id: int
+    id: int | str
     file_name: str
 
 
@@ -38,12 +41,12 @@ class Box(msgspec.Struct, gc=False, array_like=True, forbid_unknown_fields=True)
 class Annotation(msgspec.Struct, gc=False, kw_only=True):
     """An object; the fields stand in SAHI's order."""
 
-    iscrowd: int = 0
-    image_id: int
+    iscrowd: int = 0  # 1: many objects in one box, not to learn and not to score
+    image_id: int | str
     bbox: Box
     segmentation: Any = ()  # polygons or a mask: handed on, not looked at
     category_id: int
-    id: int
+    id: int | str
     area: int | float | msgspec.UnsetType = msgspec.UNSET  # square pixels
 
 
@@ -73,9 +76,11 @@ def read_coco(path: str | Path, *, strict: bool = True) -> Coco:
     Args:
         path: JSON with images (id, file_name, height, width), annotations (id,
             image_id, category_id, bbox; iscrowd, area and segmentation if they are
-            there) and categories (id, name). Other fields are left out.
+            there) and categories (id, name). Ids of images and annotations may be
+            strings. Other fields are left out.
         strict: there must be images, and every annotation must name an image and a
-            category of the file and have an area. False leaves that to the caller.
+            category of the file and have a box of 0.001 px or more a side, in float32
+            as detectors compute. False leaves that to the caller.
 
     Raises:
         FileNotFoundError: no such file.
@@ -107,16 +112,33 @@ def _check_annotations(coco: Coco, path: Path) -> None:
         raise ValueError(f"{path} lists no images")
     images = {image.id for image in coco.images}
     categories = {category.id for category in coco.categories}
-    for row in coco.annotations:
+    boxes = boxes_xyxy(coco)
+    narrow = np.min(boxes[:, 2:] - boxes[:, :2], axis=1, initial=1) < MIN_SIDE
+    for row, no_box in zip(coco.annotations, narrow.tolist(), strict=True):
         wrong = None
         if row.category_id not in categories:
             wrong = f"category_id {row.category_id} is not listed"
         elif row.image_id not in images:
-            wrong = f"image_id {row.image_id} is not listed"
-        elif row.bbox.width <= 0 or row.bbox.height <= 0:
-            wrong = f"its box has no area: {row.bbox}"
+            wrong = f"image_id {row.image_id!r} is not listed"
+        elif no_box:
+            wrong = f"its box has no area in float32: {row.bbox}"
         if wrong:
-            raise ValueError(f"annotation {row.id} of {path}: {wrong}")
+            raise ValueError(
+                f"annotation {row.id} of {path}: {wrong}; mend or remove it"
+            )
+
+
+def _corners(coco: Coco) -> np.ndarray:
+    """Boxes of the annotations: float64 (N, 4), xyxy in pixels."""
+    numbers = chain.from_iterable(astuple(row.bbox) for row in coco.annotations)
+    boxes = np.fromiter(numbers, np.float64, 4 * len(coco.annotations)).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def boxes_xyxy(coco: Coco) -> np.ndarray:
+    """Boxes of the annotations as detectors see them: float32 (N, 4) in pixels."""
+    return _corners(coco).astype(np.float32)
 
 
 def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
@@ -136,12 +158,41 @@ def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str,
     return np.flatnonzero(kept), dropped
 
 
+def usable_boxes(coco: Coco) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The annotations of a file that was not read strictly, without what is no box.
+
+    Returns:
+        [index of the image int64 (N,), ascending; category id int64 (N,); iscrowd
+        int64 (N,); boxes_xyxy float64 (N, 4) in pixels], and how many were left out
+        by each reason. A negative width or height counts as absolute, as in SAHI.
+    """
+    rows, xyxy = coco.annotations, _corners(coco)
+    position = {image.id: i for i, image in enumerate(coco.images)}
+    known = [row.id for row in coco.categories]
+    image = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
+    category = np.array([row.category_id for row in rows], np.int64)
+    crowd = np.array([row.iscrowd for row in rows], np.int64)
+    xyxy = np.sort(xyxy.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
+    order, dropped = count_defects(
+        {
+            "image not listed": image < 0,
+            "category not listed": ~np.isin(category, known),
+            "zero area": area == 0,
+            "area below 1 pixel": ~(area >= 1),
+        }
+    )
+    order = order[np.argsort(image[order], kind="stable")]
+    return [image[order], category[order], crowd[order], xyxy[order]], dropped
+
+
 def to_annotations(
     boxes_xywh: np.ndarray,
     image_ids: np.ndarray,
     category_ids: np.ndarray,
     *,
     outlines: bool = False,
+    crowd: np.ndarray | None = None,
 ) -> list[Annotation]:
     """Boxes as annotations with ids from 1 up.
 
@@ -149,6 +200,7 @@ def to_annotations(
         boxes_xywh: float64 (N, 4) in pixels.
         image_ids, category_ids: int64 (N,).
         outlines: `segmentation` is the box's four corners in whole pixels; else empty.
+        crowd: int64 (N,), `iscrowd` of each; 0 by default.
     """
     x, y, w, h = boxes_xywh.T
     polygons: Iterable = repeat(())
@@ -162,10 +214,13 @@ def to_annotations(
         category_ids.tolist(),
         count(1),
         (w * h).astype(np.int64).tolist(),
+        repeat(0) if crowd is None else crowd.tolist(),
     )
     return [
-        Annotation(image_id=i, bbox=b, segmentation=s, category_id=c, id=n, area=a)
-        for i, b, s, c, n, a in rows
+        Annotation(
+            iscrowd=m, image_id=i, bbox=b, segmentation=s, category_id=c, id=n, area=a
+        )
+        for i, b, s, c, n, a, m in rows
     ]
 
 

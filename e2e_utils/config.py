@@ -9,7 +9,7 @@ import argparse
 import json
 import typing
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from numbers import Real
 
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 # What may differ when a run goes on: it changes where and how, and no number
@@ -21,7 +21,7 @@ FREE |= {"amp"}  # the precision that it led to is compared, see hardware.py
 class TrainConfig:
     """Everything that decides a run. The defaults train the small detector on a CPU."""
 
-    data_path: str  # folder with train_300_02.json, train_images_300_02/, val_...
+    data_path: str  # folder of the tiles, with their tiles.json
     output_dir: str  # last.pt, best.pt and metrics.jsonl go here
     model: str = "fasterrcnn_small"  # a name of e2e_utils.models.MODELS
     weights: str | None = None  # "DEFAULT": COCO weights, needs a network
@@ -54,8 +54,15 @@ class TrainConfig:
     aspect_ratio_group_factor: int = -1  # batches of like tiles, 3 for 7 bins; -1: any
     seed: int = 0
     device: str | None = None  # "cpu", "cuda"; a GPU if there is one
-    tile_size: int = 300  # of the tiles: finds the files, goes into the checkpoint
-    overlap: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Whole floats, as papermill makes of 1e5, become ints where ints belong."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if hint in (int, int | None) and value is not None:
+                setattr(self, name, whole(name, value))
+        if self.lr_milestones is not None:
+            self.lr_milestones = [whole("lr_milestones", v) for v in self.lr_milestones]
 
     def check(self) -> None:
         """Raise ValueError for a value out of range that nothing else would refuse."""
@@ -67,11 +74,17 @@ class TrainConfig:
                 f"got {self.best_metric!r}"
             )
 
-    def split(self, name: str) -> tuple[Path, Path]:
-        """(folder of tiles, COCO file) of "train" or "val" below data_path."""
-        tag = f"{self.tile_size}_{str(self.overlap).replace('.', '')}"
-        root = Path(self.data_path)
-        return root / f"{name}_images_{tag}", root / f"{name}_{tag}.json"
+
+def whole(name: str, value: typing.Any) -> int:
+    """A number as an int if it is a whole one; `name` is for the error.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or value % 1 != 0:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def check_same_run(saved: dict, wanted: TrainConfig) -> None:

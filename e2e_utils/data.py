@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import astuple
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .coco import Coco, read_coco
+from .coco import Coco, boxes_xyxy, read_coco
 from .sampling import StepSampler
 from .scenes import read_rgb
 
@@ -38,13 +37,15 @@ class CocoTiles(Dataset):
     An item is (image, target). image is a tv_tensors.Image, uint8 (3, H, W), RGB.
     target holds "boxes" (tv_tensors.BoundingBoxes, float32 (N, 4), xyxy in pixels of
     the tile), "labels" (int64 (N,), 1..C in ascending order of the category id; 0 is
-    the background) and "image_id" (int, the COCO id). A tile without objects has
-    boxes of shape (0, 4).
+    the background) and "image_id" (the COCO id, an int or a str). A tile without
+    objects has boxes of shape (0, 4). Crowds (iscrowd 1) are no objects to learn; they
+    stay in `coco`, where COCO's AP ignores what is found on them.
 
     Raises:
-        ValueError: the file is no COCO file, or an annotation names an image or a
-            category that is not in it; cache is no bool; on reading, a tile that is
-            no image. The message names the file and the value.
+        ValueError: the file is no COCO file, or an annotation has no area in float32,
+            or names an image or a category that is not in it; cache is no bool; on
+            reading, a tile that is no image or not of the size that the file says.
+            The message names the file and the value.
     """
 
     def __init__(
@@ -72,16 +73,15 @@ class CocoTiles(Dataset):
 
     def _make_targets(self, coco: Coco) -> list[tuple[torch.Tensor, torch.Tensor]]:
         label_of = {c: label for label, c in enumerate(self.category_ids, start=1)}
-        rows: dict[int, list] = {image.id: [] for image in coco.images}
-        for row in coco.annotations:
-            x, y, w, h = astuple(row.bbox)
-            label = label_of[row.category_id]
-            rows[row.image_id].append((x, y, x + w, y + h, label))
-        targets = []
-        for boxes in rows.values():
-            table = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 5)
-            targets.append((table[:, :4].float(), table[:, 4].long()))
-        return targets
+        rows: dict[int | str, list[int]] = {image.id: [] for image in coco.images}
+        for index, row in enumerate(coco.annotations):
+            if not row.iscrowd:
+                rows[row.image_id].append(index)
+        boxes = torch.from_numpy(boxes_xyxy(coco))
+        labels = torch.tensor(
+            [label_of[row.category_id] for row in coco.annotations], dtype=torch.int64
+        )
+        return [(boxes[index], labels[index]) for index in rows.values()]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,6 +107,12 @@ class CocoTiles(Dataset):
         except ValueError as error:
             raise ValueError(f"the tile {error}") from error
         tensor = torch.tensor(pixels).permute(2, 0, 1).contiguous()
+        if tensor.shape[1:] != self.size(index):
+            height, width = self.size(index)
+            raise ValueError(
+                f"the tile {path} has {tensor.shape[2]} x {tensor.shape[1]} px, and "
+                f"{self.json_path} says {width} x {height}: boxes would be misplaced"
+            )
         if self._cache is not None:
             self._cache[index] = tensor
         return tensor

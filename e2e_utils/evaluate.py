@@ -82,7 +82,7 @@ def detect(
 
 
 def to_coco(
-    image_id: int, output: dict, category_ids: list[int] | None = None
+    image_id: int | str, output: dict, category_ids: list[int] | None = None
 ) -> list[dict]:
     """One image's {"boxes" or "boxes_xyxy", "labels", "scores"} as COCO results."""
     boxes = output.get("boxes", output.get("boxes_xyxy"))
@@ -113,7 +113,6 @@ def _matched(
     ground_truth: dict,
     detections: list[dict],
     max_dets: tuple[int, int, int],
-    image_ids: Iterable[int] | None,
 ) -> COCOeval_faster:
     """Detections matched with the ground truth, precision and recall accumulated."""
     images = [{"id": image["id"]} for image in ground_truth["images"]]
@@ -135,8 +134,6 @@ def _matched(
     sides = (COCO({**rest, "annotations": rows}) for rows in (truth, found))
     run = COCOeval_faster(*sides, "bbox")
     run.params.maxDets = list(max_dets)
-    if image_ids is not None:
-        run.params.imgIds = sorted(image_ids)
     run.evaluate()
     run.accumulate()
     return run
@@ -152,10 +149,10 @@ def coco_metrics(
     ground_truth: str | Path | dict,
     detections: list[dict],
     max_dets: tuple[int, int, int] = (1, 100, 500),
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[int | str] | None = None,
     tables: bool = False,
 ) -> dict:
-    """COCO's figures for boxes.
+    """COCO's figures for boxes; what is found on a crowd (iscrowd 1) is not counted.
 
     Args:
         ground_truth: a COCO file or its content.
@@ -174,8 +171,8 @@ def coco_metrics(
     Raises:
         ValueError: a detection names an image that the ground truth does not have.
     """
-    ground_truth = read_ground_truth(ground_truth, detections)
-    run = _matched(ground_truth, detections, max_dets, image_ids)
+    ground_truth, found = read_ground_truth(ground_truth, detections, image_ids)
+    run = _matched(ground_truth, found, max_dets)
     # (IoU, recall, class, area) of the last cap, and (IoU, class, area, cap)
     precision = np.asarray(run.eval["precision"])[..., -1]
     recall = np.asarray(run.eval["recall"])
@@ -219,7 +216,8 @@ def recall_ceiling(
         ValueError: there is no object, or a cap is below 1.
     """
     keys = ("image_id", "category_id") if per_class else ("image_id",)
-    truth = read_ground_truth(ground_truth, [])["annotations"]
+    rows = read_ground_truth(ground_truth, [])[0]["annotations"]
+    truth = [row for row in rows if not row.get("iscrowd")]
     counts = Counter(tuple(row[key] for key in keys) for row in truth)
     caps = list(caps)
     if not counts or min(caps, default=1) < 1:

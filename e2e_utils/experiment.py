@@ -14,7 +14,8 @@ optimizer, lr, seed, ...) under their own names, and these:
     warmup_batches        length of the warm-up; instead of warmup, a share of the run
     lr_step_batches       steps of "multistep"; instead of lr_steps, in epochs
     backend               where the tiles are: local, fake, aws or gcs
-    data_dir              a folder, or the s3:// or gs:// URL of one
+    data_dir              a folder of tiles with their tiles.json, or the s3:// or gs://
+                          URL of one
     cache_dir             where aws and gcs put the tiles, on each machine
 
 On a cluster, data_dir of the backend local and init_checkpoint are absolute paths that
@@ -29,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from .config import TrainConfig
+from .config import TrainConfig, whole
 from .hardware import AMP
 
 # names of an experiment -> fields of TrainConfig
@@ -124,15 +125,16 @@ def train_config(
         output_dir: of the run.
 
     Raises:
-        ValueError: as `check_hparams`, a global_batch_size that cannot be divided, or
-            no such amp.
+        ValueError: as `check_hparams`, a number that is not whole, a global_batch_size
+            that cannot be divided, or no such amp.
     """
     check_hparams(hparams)
-    batch_size, rest = divmod(hparams["global_batch_size"], processes)
+    size = whole("global_batch_size", hparams["global_batch_size"])
+    batch_size, rest = divmod(size, processes)
     if rest:
         raise ValueError(
-            f"global_batch_size {hparams['global_batch_size']} does not divide equally "
-            f"among {processes} processes"
+            f"global_batch_size {size} does not divide equally among {processes} "
+            "processes"
         )
     values = {key: hparams[key] for key in _TRAIN_KEYS if key in hparams}
     values |= {new: hparams[key] for key, new in _BATCHES.items() if key in hparams}
@@ -141,7 +143,9 @@ def train_config(
     if values.get("amp", "auto") not in AMP:
         raise ValueError(f"amp must be one of {', '.join(AMP)}, got {values['amp']!r}")
     if "warmup_batches" in hparams:
-        values["warmup"] = hparams["warmup_batches"] / hparams["max_batches"]
+        values["warmup"] = whole("warmup_batches", hparams["warmup_batches"]) / whole(
+            "max_batches", hparams["max_batches"]
+        )
     return TrainConfig(data_path, output_dir, batch_size=batch_size, **values)
 
 
@@ -160,9 +164,7 @@ def fetch_tiles(hparams: dict, scratch: str | Path = "", local_rank: int = 0) ->
     if backend == "fake":
         from sample_data.noise import write_noise_tiles  # nobody else needs it
 
-        config = train_config(hparams, data_path=str(scratch))
-        splits = {split: config.split(split) for split in ("train", "val")}
-        write_noise_tiles(splits, config.tile_size)
+        write_noise_tiles(scratch)
         if not local_rank:
             print("backend fake: noise with rectangles, the figures mean nothing")
         return str(scratch)

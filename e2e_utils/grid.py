@@ -15,9 +15,7 @@ def _starts(length: int, size: int, overlap: int) -> np.ndarray:
     return np.minimum(np.arange(steps + 1) * (size - overlap), length - size)
 
 
-def tile_grid(
-    height: int, width: int, size: int = 300, overlap: float = 0.2
-) -> np.ndarray:
+def tile_grid(height: int, width: int, size: int, overlap: float) -> np.ndarray:
     """Cover a scene with overlapping square tiles, row by row.
 
     Neighbours share `int(overlap * size)` pixels. A last tile that would pass the

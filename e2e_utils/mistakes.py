@@ -5,7 +5,7 @@ Copy: this file, boxes.py, truth.py, coco.py and files.py.
 A score says how good a detector is; the kinds of its mistakes say what to do about it.
 All functions agree on what is correct, which is COCO's matching: by descending score,
 each detection takes the free object of its class that it overlaps most, if their IoU
-reaches the threshold.
+reaches the threshold. Crowds (iscrowd 1) are no objects here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ KINDS = (
 def _select(
     ground_truth: str | Path | dict, detections: list[dict], score_threshold: float
 ) -> tuple[dict, np.ndarray, np.ndarray, list[dict]]:
-    """(ground truth cut to its images, which annotations that is, indices of the
-    detections by descending score, those)."""
-    ground_truth = read_ground_truth(ground_truth, detections, clip=False)
+    """Ground truth cut to its images, without crowds; indices of its objects in the
+    file's annotations, of the detections by descending score, and those."""
+    ground_truth, detections = read_ground_truth(ground_truth, detections, clip=False)
     known = {category["id"] for category in ground_truth["categories"]}
     foreign = sorted({row["category_id"] for row in detections} - known)
     if foreign:
@@ -43,7 +43,10 @@ def _select(
             f"detections of categories not in the ground truth: {foreign[:5]}"
         )
     index = _by_score([row["score"] for row in detections], score_threshold)
-    return *clip_to_images(ground_truth), index, [detections[i] for i in index]
+    rows, (cut, kept) = ground_truth["annotations"], clip_to_images(ground_truth)
+    objects = [i for i, row in enumerate(kept) if not rows[row].get("iscrowd")]
+    cut = {**cut, "annotations": [cut["annotations"][i] for i in objects]}
+    return cut, kept[objects], index, [detections[i] for i in index]
 
 
 def _by_score(scores: Sequence[float] | np.ndarray, threshold: float) -> np.ndarray:
@@ -185,7 +188,7 @@ def mistakes(
             f"background_iou is {background_iou} and iou_threshold {iou_threshold}; "
             "give 0 < background_iou < iou_threshold <= 1"
         )
-    ground_truth, labelled, index, kept = _select(
+    ground_truth, of_file, index, kept = _select(
         ground_truth, detections, score_threshold
     )
     image, category, boxes = columns(ground_truth["annotations"])
@@ -209,14 +212,12 @@ def mistakes(
     left, kinds = np.ones(len(kept), bool), {}
     for kind, (applies, concerned) in rules.items():
         chosen = np.flatnonzero(left & applies)
-        kinds[kind] = np.stack([index[chosen], concerned[chosen]], axis=1)
+        target = np.append(of_file, -1)[concerned[chosen]]  # -1, for none, stays
+        kinds[kind] = np.stack([index[chosen], target], axis=1)
         left[chosen] = False
     explained = [kinds[k][:, 1] for k in ("correct", "confusion", "localisation")]
-    missed = np.setdiff1d(np.arange(len(image)), np.concatenate(explained))
+    missed = np.setdiff1d(of_file, np.concatenate(explained))
     kinds["missed"] = np.stack([np.full(len(missed), -1), missed], axis=1)
-    labelled = np.append(labelled, -1)  # where -1, for none, looks up -1
-    for rows in kinds.values():
-        rows[:, 1] = labelled[rows[:, 1]]
     return kinds
 
 

@@ -106,8 +106,8 @@ def predict_image(
 def predict_scene(
     model: nn.Module,
     image: np.ndarray | str | Path,
-    size: int = 300,
-    overlap: float = 0.2,
+    size: int,
+    overlap: float,
     batch_size: int = 4,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,

@@ -1,8 +1,8 @@
 """A training run: set up once, resumed where it stopped, saved whole.
 
-Copy: this file, checkpoint.py, files.py, config.py, data.py, coco.py, sampling.py,
-scenes.py, images.py, stretch.py, models.py, backbones.py, efficientnet_lite.py,
-autocast.py, hardware.py and optim.py.
+Copy: this file, checkpoint.py, files.py, config.py, data.py, coco.py, tile_set.py,
+sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
+efficientnet_lite.py, autocast.py, hardware.py and optim.py.
 
 `train.fit` goes on from here, and so does a loop of another framework: it takes the
 model, the optimizer, the data and the precision of a `Run`, and leaves the rest.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from .hardware import (
     memory_format,
     native_precisions,
 )
-from .models import build_model
+from .models import build_model, resolved_settings
 from .optim import make_optimizer, make_scheduler
 from .sampling import aspect_ratio_groups, epoch_length, repeat_factors
+from .tile_set import TileSet, read_tile_set
 
 
 def start_process_group(device_name: str | None = None) -> tuple[int, int, int]:
@@ -82,6 +84,7 @@ class Run:
     Attributes:
         rank, world_size, device, precision: of this process; precision is a key of
             `hardware.PRECISIONS`, the same on all processes.
+        tiles: what config.data_path holds, of `tile_set.read_tile_set`.
         train_set, val_set: CocoTiles.
         steps_per_epoch, steps: the latter of the whole run.
         model: what learns.
@@ -99,12 +102,14 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         config.check()
-        self.config = config
         self.rank, self.world_size, local_rank = start_process_group(config.device)
         self.device = find_device(config.device, local_rank)
+        self.tiles = read_tile_set(config.data_path)
+        self.config = config = as_they_are(config, self.tiles.tile_size)
         state = read_last(config, self.device)
         self.precision = agree_on_precision(config, self.device, state)
         self._open_tiles()
+        check_same_tiles(state, self.tiles, config)
         self._make_model(begins=not state)
         self.optimizer = make_optimizer(self.model, config, self.world_size)
         self.scheduler = make_scheduler(
@@ -119,9 +124,9 @@ class Run:
 
     def _open_tiles(self) -> None:
         config = self.config
-        train = CocoTiles(*config.split("train"), default_augment(), config.cache)
+        train = CocoTiles(*self.tiles.split("train"), default_augment(), config.cache)
         self.train_set = train
-        self.val_set = CocoTiles(*config.split("val"), cache=config.cache)
+        self.val_set = CocoTiles(*self.tiles.split("val"), cache=config.cache)
         self.repeats = repeat_factors(train, config.repeat_threshold)
         self.groups = aspect_ratio_groups(train, config.aspect_ratio_group_factor)
         size = config.batch_size
@@ -187,7 +192,7 @@ class Run:
     def describe(self) -> dict:
         """What its checkpoints say besides the weights."""
         return {
-            **describe(self.config, self.train_set.class_names),
+            **describe(self.config, self.tiles.describe()),
             "precision": self.precision,
             "step": self.step,
             "metrics": self.metrics,
@@ -217,6 +222,21 @@ class Run:
         save_checkpoint(output / "last.pt", content)
 
 
+def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
+    """The configuration whose detector takes tiles of this size without resizing them.
+
+    It is that of a model which means to: its min_size is its max_size. Settings that
+    name either of them stay, and so do models that resize on purpose.
+    """
+    own = resolved_settings(config.model)
+    sides = {"min_size", "max_size"}
+    meant = own.get("min_size") is not None and own["min_size"] == own.get("max_size")
+    if not meant or own["min_size"] == tile_size or sides & config.settings.keys():
+        return config
+    fitted = {**config.settings, **dict.fromkeys(sorted(sides), tile_size)}
+    return replace(config, settings=fitted)
+
+
 def read_last(config: TrainConfig, device: torch.device) -> dict:
     """last.pt of the run that goes on, or {}; the same on all processes.
 
@@ -235,6 +255,20 @@ def read_last(config: TrainConfig, device: torch.device) -> dict:
             "a folder that each of them sees"
         )
     return state
+
+
+def check_same_tiles(state: dict, tiles: TileSet, config: TrainConfig) -> None:
+    """ValueError if a run that goes on would learn from tiles of another kind."""
+    for key, value in tiles.describe().items():
+        before = state.get(key, value)
+        if before != value:
+            if isinstance(value, list):  # the first that differs says enough
+                pairs = zip_longest(before, value)
+                before, value = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"{config.output_dir} holds a run on tiles with {key} {before!r}, "
+                f"those of {config.data_path} have {value!r}: choose another output_dir"
+            )
 
 
 def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -> str:

@@ -1,7 +1,7 @@
 """A COCO data set of scenes cut into a COCO data set of tiles.
 
-Copy: this file, grid.py, coco.py, tile_files.py, scenes.py, images.py, stretch.py
-and files.py.
+Copy: this file, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py, images.py,
+stretch.py and files.py.
 
 `slice_coco` has the grid, names, annotations and JPEG bytes of
 `sahi.slicing.slice_coco` (0.12.8).
@@ -15,18 +15,25 @@ and files.py.
 
 import sys
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from msgspec.structs import astuple
 
-from .coco import Coco, Image, count_defects, read_coco, to_annotations, write_coco
+from .coco import (
+    MIN_SIDE,
+    Coco,
+    Image,
+    read_coco,
+    to_annotations,
+    usable_boxes,
+    write_coco,
+)
 from .files import write_file
 from .grid import clip_to_tiles, tile_grid
 from .scenes import FailedScenes
 from .tile_files import Tiles, start_manifest, write_tiles
+from .tile_set import MANIFEST, describe_split, start_split
 
 
 @dataclass
@@ -39,6 +46,7 @@ class _Scene:
     counts: np.ndarray  # int64 (T,): boxes in each tile
     boxes_xywh: np.ndarray  # float64 (P, 4), tile-relative, tile by tile
     categories: np.ndarray  # int64 (P,)
+    crowd: np.ndarray  # int64 (P,): COCO's iscrowd
     keep: np.ndarray  # bool (T,): tiles of the JSON
 
     def tiles(self) -> Tiles:
@@ -77,45 +85,20 @@ class TilingReport:
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
 
 
-def _usable_boxes(
-    coco: Coco, report: TilingReport
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index of the scene (ascending), category and xyxy; others are counted."""
-    rows = coco.annotations
-    position = {image.id: i for i, image in enumerate(coco.images)}
-    known = [row.id for row in coco.categories]
-    scene = np.array([position.get(row.image_id, -1) for row in rows], np.int64)
-    category = np.array([row.category_id for row in rows], np.int64)
-    numbers = chain.from_iterable(astuple(row.bbox) for row in rows)
-    xywh = np.fromiter(numbers, np.float64, 4 * len(rows)).reshape(-1, 4)
-    # a negative width or height counts as absolute, as in SAHI
-    ends = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
-    xyxy = np.hstack([np.minimum(*ends), np.maximum(*ends)])
-    area = np.prod(xyxy[:, 2:] - xyxy[:, :2], axis=1)
-    order, report.dropped = count_defects(
-        {
-            "image not listed": scene < 0,
-            "category not listed": ~np.isin(category, known),
-            "zero area": area == 0,
-            "area below 1 pixel": ~(area >= 1),
-        }
-    )
-    order = order[np.argsort(scene[order], kind="stable")]
-    return scene[order], category[order], xyxy[order]
-
-
 def _plan(
     coco: Coco, report: TilingReport, size: int, overlap: float, min_area_ratio: float
 ) -> list[_Scene]:
     """Lay the grid over every scene and clip its boxes; count what is dropped."""
     report.scenes, report.boxes = len(coco.images), len(coco.annotations)
-    scene, category, xyxy = _usable_boxes(coco, report)
+    (scene, category, crowd, xyxy), report.dropped = usable_boxes(coco)
     cuts = np.searchsorted(scene, np.arange(len(coco.images) + 1))
     scenes = []
     for i, image in enumerate(coco.images):
         own = slice(cuts[i], cuts[i + 1])
         grid = tile_grid(image.height, image.width, size, overlap)
-        tile, box, clipped = clip_to_tiles(xyxy[own], grid, min_area_ratio)
+        parts = clip_to_tiles(xyxy[own], grid, min_area_ratio)
+        wide = np.ptp(parts[2].reshape(-1, 2, 2), axis=1).min(axis=1) >= MIN_SIDE
+        tile, box, clipped = (part[wide] for part in parts)
         corner = clipped[:, :2] - grid[tile, :2]
         counts = np.bincount(tile, minlength=len(grid))
         report.in_no_tile += len(xyxy[own]) - len(np.unique(box))
@@ -127,6 +110,7 @@ def _plan(
                 counts=counts,
                 boxes_xywh=np.hstack([corner, clipped[:, 2:] - clipped[:, :2]]),
                 categories=category[own][box],
+                crowd=crowd[own][box],
                 keep=counts > 0,
             )
         )
@@ -134,7 +118,11 @@ def _plan(
 
 
 def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
-    """Keep `ratio` tiles without boxes for each tile with boxes, over all scenes."""
+    """Keep `ratio` tiles without boxes for each with boxes, over all scenes; or all."""
+    if ratio == np.inf:
+        for scene in scenes:
+            scene.keep[:] = True
+        return
     keep = np.concatenate([np.zeros(0, bool), *(scene.keep for scene in scenes)])
     empty = np.flatnonzero(~keep)
     wanted = min(len(empty), round(ratio * keep.sum()))
@@ -145,7 +133,7 @@ def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
         scene.keep = part
 
 
-def _make_manifest(scenes: list[_Scene], image_dir: Path, settings: dict) -> dict:
+def _make_manifest(scenes: list[_Scene], image_dir: Path) -> dict:
     """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
     rows, tiles = [], []
     for scene in scenes:
@@ -156,7 +144,7 @@ def _make_manifest(scenes: list[_Scene], image_dir: Path, settings: dict) -> dic
         rows.append(row)
         for tile, xyxy in scene.tiles().items():
             tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
-    return {"settings": settings, "scenes": rows, "tiles": tiles}
+    return {"scenes": rows, "tiles": tiles}
 
 
 def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
@@ -171,10 +159,24 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
         np.repeat(np.arange(1, len(images) + 1), in_tile),
         np.concatenate([np.zeros(0, int), *(scene.categories for scene in scenes)]),
         outlines=True,
+        crowd=np.concatenate([np.zeros(0, int), *(scene.crowd for scene in scenes)]),
     )
     write_coco(report.coco_json, Coco(images, annotations, coco.categories))
     report.tiles, report.annotations = len(images), len(annotations)
     report.negatives = in_tile.count(0)
+
+
+def _checked_size(
+    slice_size: float, min_area_ratio: float, negative_ratio: float
+) -> int:
+    """ValueError for a value out of range that nothing else would refuse."""
+    if not 0 <= min_area_ratio <= 1:
+        raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
+    if not 0 <= negative_ratio < np.inf:
+        raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
+    if slice_size != int(slice_size):
+        raise ValueError(f"slice_size is {slice_size}; give a whole number of pixels")
+    return int(slice_size)  # papermill passes 3e2 as a float
 
 
 def slice_coco(
@@ -190,16 +192,19 @@ def slice_coco(
     negative_ratio: float = 0.0,
     seed: int = 0,
     bands: tuple[int, int, int] | None = None,
+    pixel_size: float | None = None,
 ) -> TilingReport:
     """Cut a COCO data set of scenes into a COCO data set of tiles.
 
     Writes into `output_dir`, for split "train", size 300 and overlap 0.2:
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
     `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
-    `train_300_02_manifest.json` (`settings`; `scenes` with id, file_name, height,
-    width, bytes, mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels).
-    Boxes are cut, polygons of the input are not read. Run again, the work continues by
-    the manifest: tiles of other settings, or of a scene that has changed, are removed.
+    `train_300_02_manifest.json` (`scenes` with id, file_name, height, width, bytes,
+    mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels). At last it adds
+    the split to `tiles.json`, which tells all of it to whoever reads the folder, see
+    `tile_set.read_tile_set`. Boxes are cut, polygons of the input are not read; a
+    crowd (iscrowd 1) stays one. Run again, the work continues by the manifest: tiles
+    of other settings, or of a scene that has changed, are removed.
 
     Args:
         image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.open_scene`.
@@ -216,6 +221,8 @@ def slice_coco(
         seed: for `negative_ratio`.
         bands: of red, green and blue in TIFFs, from 1; (3, 2, 1) of blue, green, red,
             infrared. Left out, see `scenes.open_scene`.
+        pixel_size: side of a pixel on the ground in metres, if it is known; noted in
+            `tiles.json`.
 
     Returns:
         TilingReport with the paths and the counts; print it for a table.
@@ -223,40 +230,32 @@ def slice_coco(
     Raises:
         FailedScenes: scenes were missing, truncated, of another kind or size. All
             others are written and listed; `error.report` is the report.
-        ValueError: an argument is out of range, or `coco_json` is not COCO.
+        ValueError: an argument is out of range, `coco_json` is not COCO, or
+            `output_dir` has tiles of another size, overlap or of other categories.
         OSError: the disk is full or not writable.
     """
-    if not 0 <= min_area_ratio <= 1:
-        raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
-    if not 0 <= negative_ratio < np.inf:
-        raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
-    coco_json, out = Path(coco_json), Path(output_dir)
+    slice_size = _checked_size(slice_size, min_area_ratio, negative_ratio)
+    coco_json, images, out = Path(coco_json), Path(image_dir), Path(output_dir)
     split = split or coco_json.stem
     tag = f"{slice_size}_{str(float(overlap_ratio)).replace('.', '')}"
     report = TilingReport(
         coco_json=out / f"{split}_{tag}.json",
         image_dir=out / f"{split}_images_{tag}",
-        manifest=out / f"{split}_{tag}_manifest.json",
+        manifest=out / f"{split}_{tag}{MANIFEST}",
     )
     coco = read_coco(coco_json, strict=False)
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
+    start_split(out, split, slice_size, overlap_ratio, coco.categories)
     coco.annotations.clear()
-    if ignore_negative_samples:
-        _keep_negatives(scenes, negative_ratio, seed)
-    else:
-        for scene in scenes:
-            scene.keep[:] = True
+    _keep_negatives(scenes, negative_ratio if ignore_negative_samples else np.inf, seed)
     settings = {
-        "slice_size": slice_size,
-        "overlap_ratio": overlap_ratio,
         "min_area_ratio": min_area_ratio,
         "ignore_negative_samples": ignore_negative_samples,
         "negative_ratio": negative_ratio,
         "seed": seed,
         "bands": bands and list(bands),
     }
-    images = Path(image_dir)
-    manifest = _make_manifest(scenes, images, settings)
+    manifest = _make_manifest(scenes, images)
     start_manifest(report.manifest, report.image_dir, manifest)
     jobs = [(scene.image, scene.tiles()) for scene in scenes]
     done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", bands)
@@ -264,8 +263,21 @@ def slice_coco(
     scenes = [s for s in scenes if s.image.file_name not in report.failed]
     _save(scenes, coco, report)
     if report.failed:
-        manifest = _make_manifest(scenes, images, settings)
+        manifest = _make_manifest(scenes, images)
         write_file(report.manifest, [msgspec.json.encode(manifest)])
+    describe_split(
+        out,
+        split,
+        report.image_dir,
+        report.coco_json,
+        tile_size=slice_size,
+        overlap=overlap_ratio,
+        pixel_size=pixel_size,
+        manifest=report.manifest,
+        scenes=(images, coco_json),
+        settings=settings,
+    )
+    if report.failed:
         raise FailedScenes(report)
     return report
 

@@ -11,7 +11,7 @@ What a loop says goes through three plain callables: report(metrics, step), save
 and should_stop(); the platforms hang theirs on these.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
-sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
+tile_set.py, sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
 efficientnet_lite.py, autocast.py, hardware.py, optim.py, evaluate.py and truth.py.
 """
 

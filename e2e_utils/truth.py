@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +18,55 @@ from .coco import read_coco
 
 
 def read_ground_truth(
-    ground_truth: str | Path | dict, detections: list[dict], clip: bool = True
-) -> dict:
-    """The content of a COCO file, its boxes cut to their images.
+    ground_truth: str | Path | dict,
+    detections: list[dict],
+    image_ids: Iterable[int | str] | None = None,
+    clip: bool = True,
+) -> tuple[dict, list[dict]]:
+    """A COCO file and detections on its images, ready for arrays and for COCO's code.
 
     Args:
         ground_truth: a COCO file or its content, which stays as it is.
         detections: COCO results that are to be scored on it.
+        image_ids: only these images; all by default.
         clip: False leaves boxes as they are; see `clip_to_images`.
+
+    Returns:
+        (content of the file, its boxes cut to their images; detections). Where ids of
+        images are strings, both have the number of the image instead, from 1 up.
 
     Raises:
         ValueError: a detection's image is not in the ground truth.
     """
-    if isinstance(ground_truth, dict):
-        coco = ground_truth
-    else:
-        coco = read_coco(ground_truth, strict=False).to_dict()
-    known = {image["id"] for image in coco["images"]}
-    foreign = sorted({d["image_id"] for d in detections} - known)
+    coco = _content(ground_truth)
+    number = {image["id"]: image["id"] for image in coco["images"]}
+    foreign = sorted({d["image_id"] for d in detections} - number.keys(), key=str)
     if foreign:
         raise ValueError(
             f"detections for images not in the ground truth: {foreign[:5]}"
         )
-    return clip_to_images(coco)[0] if clip else coco
+    strings = any(isinstance(id_, str) for id_ in number)
+    if strings:
+        number = {id_: index for index, id_ in enumerate(number, start=1)}
+    if image_ids is not None:
+        wanted = set(image_ids)
+        number = {id_: n for id_, n in number.items() if id_ in wanted}
+
+    def numbered(rows: list[dict], key: str) -> list[dict]:
+        return [{**row, key: number[row[key]]} for row in rows if row[key] in number]
+
+    if strings or image_ids is not None:
+        images = numbered(coco["images"], "id")
+        annotations = numbered(coco["annotations"], "image_id")
+        coco = {**coco, "images": images, "annotations": annotations}
+        detections = numbered(detections, "image_id")
+    return (clip_to_images(coco)[0] if clip else coco), detections
+
+
+def _content(ground_truth: str | Path | dict) -> dict:
+    if isinstance(ground_truth, dict):
+        return ground_truth
+    return read_coco(ground_truth, strict=False).to_dict()
 
 
 def clip_to_images(coco: dict) -> tuple[dict, np.ndarray]:
@@ -91,8 +118,10 @@ def clip_to_images(coco: dict) -> tuple[dict, np.ndarray]:
     return {**coco, "annotations": cut_rows}, kept
 
 
-def image_truth(ground_truth: str | Path | dict, image_id: int) -> dict:
+def image_truth(ground_truth: str | Path | dict, image_id: int | str) -> dict:
     """The labels of one image as a detector would give them, cut to the image.
+
+    Crowds (iscrowd 1) are left out.
 
     Returns:
         "boxes_xyxy" float32 (N, 4) in pixels of the image, "labels" int64 (N,) as
@@ -101,10 +130,11 @@ def image_truth(ground_truth: str | Path | dict, image_id: int) -> dict:
     Raises:
         ValueError: no such image, or a label's category is not in the file.
     """
-    coco = read_ground_truth(ground_truth, [])
+    coco = _content(ground_truth)
     if image_id not in {image["id"] for image in coco["images"]}:
         raise ValueError(f"no image {image_id!r} in the ground truth")
-    rows = [row for row in coco["annotations"] if row["image_id"] == image_id]
+    coco, _ = read_ground_truth(coco, [], [image_id])
+    rows = [row for row in coco["annotations"] if not row.get("iscrowd")]
     _, category, boxes = columns(rows)
     labels = to_labels(coco, category)
     return {"boxes_xyxy": boxes.astype(np.float32), "labels": labels}

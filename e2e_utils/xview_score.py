@@ -58,7 +58,7 @@ def xview_score(
     detections: list[dict],
     iou_threshold: float = 0.5,
     every_object: bool = False,
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[int | str] | None = None,
     groups: Mapping[str, Iterable[int]] | None = None,
 ) -> dict:
     """The score of the xView challenge: VOC's AP at one IoU, mean over the classes.
@@ -92,14 +92,10 @@ def xview_score(
     Source: scoring/score.py and matching.py of DIUx-xView/xView1_baseline, commit
     8efe340. Detections of equal score keep the order given, which is left open there.
     """
-    ground_truth = read_ground_truth(ground_truth, detections, clip=every_object)
-    truth, found = ground_truth["annotations"], detections
-    if image_ids is not None:
-        wanted = set(image_ids)
-        truth, found = (
-            [row for row in rows if row["image_id"] in wanted]
-            for rows in (truth, found)
-        )
+    ground_truth, found = read_ground_truth(
+        ground_truth, detections, image_ids, clip=every_object
+    )
+    truth = [row for row in ground_truth["annotations"] if not row.get("iscrowd")]
     found = sorted((r for r in found if r["score"] > 0), key=lambda row: -row["score"])
     image, truth_class, truth_boxes = columns(truth)
     found_image, found_class, found_boxes = columns(found)
@@ -161,8 +157,8 @@ def three_scores(
         `coco_metrics`, and "xview" and "xview_every_object", mAP of `xview_score`.
     """
     # cut to the image, or not, by each score
-    tiles = read_ground_truth(tile_truth, tile_detections, False), tile_detections
-    scenes = read_ground_truth(scene_truth, scene_detections, False), scene_detections
+    tiles = read_ground_truth(tile_truth, tile_detections, clip=False)
+    scenes = read_ground_truth(scene_truth, scene_detections, clip=False)
     filled = sorted({row["image_id"] for row in tiles[0]["annotations"]})
     scores = {}
     for name, pair, caps, ids in (

@@ -1,7 +1,7 @@
 """Measure what bf16 or fp16 costs on your own tiles, and let an artefact be served so.
 
     python -m kserve_utils.approve --artefact artefact \\
-        --engine openvino --json tiles/val_300_02.json --images tiles/val_images_300_02
+        --engine openvino --tiles tiles
 
 Copy: this file and engines.py. (And e2e_utils.)
 
@@ -23,6 +23,7 @@ from e2e_utils.data import CocoTiles, eval_loader
 from e2e_utils.evaluate import coco_metrics, detect
 from e2e_utils.files import write_file
 from e2e_utils.hardware import PRECISIONS
+from e2e_utils.tile_set import read_tile_set
 
 from .engines import load_engine, read_artefact
 
@@ -106,14 +107,15 @@ def main() -> None:
     add = parser.add_argument
     add("--artefact", dest="artefact_dir", required=True, help="of write_artefact")
     add("--engine", default="openvino", choices=("openvino", "torch"))
-    add("--json", dest="json_path", required=True, help="COCO file of labelled tiles")
-    add("--images", dest="image_dir", required=True, help="folder of the tiles")
+    add("--tiles", required=True, help='folder of tiles.json; its "val" is measured')
     add("--max-drop", type=float, default=MAX_DROP, help="of AP, 0..1")
     add("--precision", default="bf16", choices=LOWER)
     add("--device", help="cpu, cuda or cuda:N; of torch, a GPU if any")
     args = parser.parse_args()
+    options = vars(args)
     try:
-        outcome = approve_precision(**vars(args))
+        images, labels = read_tile_set(options.pop("tiles")).split("val")
+        outcome = approve_precision(**options, json_path=labels, image_dir=images)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     word = "approved" if outcome["approved"] else "not approved"

@@ -1,7 +1,7 @@
 """One artefact for every server: the checkpoint, its exports, and their parity.
 
     python -m kserve_utils.artefact --stripped-ckpt stripped.pth --out-dir artefact \\
-        --tiles-dir tiles/val_images_300_02
+        --tiles-dir tiles
 
 Copy: this file, export.py, engines.py and graphs.py. (And e2e_utils.)
 
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from e2e_utils.tile_set import NAME, read_tile_set
 
 from .engines import ENGINES, FILES, RUNNERS, Compiled, read_artefact, sha256
 from .export import read_stripped
@@ -217,7 +219,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_tiles(folder: str | Path) -> list[np.ndarray]:
-    """At most 8 pictures, evenly over a folder's sorted names: uint8 (H, W, 3)."""
+    """At most 8 pictures, evenly over a folder's sorted names: uint8 (H, W, 3).
+
+    Args:
+        folder: of pictures, or of tiles with their `tiles.json`, where the pictures
+            are those of "val".
+    """
+    if Path(folder, NAME).is_file():
+        folder = read_tile_set(folder).split("val")[0]
     kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
     paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)
     if not paths:
@@ -232,7 +241,7 @@ def main() -> None:
     add = parser.add_argument
     add("--stripped-ckpt", required=True, help="of strip_checkpoint")
     add("--out-dir", required=True, help="the artefact's folder")
-    add("--tiles-dir", required=True, help="pictures for the parity check")
+    add("--tiles-dir", required=True, help="tiles, or pictures, for the parity check")
     add("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     add("--model-name", default="xview-fasterrcnn")
     options = vars(parser.parse_args())

@@ -28,7 +28,8 @@ FILES = {
     "openvino": ("model.xml", "model.bin"),
     "onnxruntime": ("model.onnx",),
 }
-DESCRIBES = ("architecture", "settings", "class_names", "tile_size", "overlap")
+_TILES = ("class_names", "category_ids", "tile_size", "overlap")
+DESCRIBES = ("architecture", "settings", *_TILES)
 _TELLS = (*DESCRIBES, "model_name", "score_threshold", "max_pixels", "engines", "files")
 
 
@@ -204,7 +205,7 @@ def load_eager(
     for good. Raises what `checkpoint.model_from_checkpoint` raises.
     """
     model, meta = model_from_checkpoint(ckpt_path, device)
-    side = meta.get("tile_size", 300)
+    side = meta.get("tile_size") or 256  # any square does
     with torch.inference_mode():
         model.requires_grad_(False)([torch.zeros(3, side, side, device=device)])
     return model, meta

@@ -21,10 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from e2e_utils import models
-from e2e_utils.checkpoint import load_detector, load_file, save_checkpoint
+from e2e_utils.checkpoint import (
+    bare_weights,
+    load_detector,
+    load_file,
+    save_checkpoint,
+)
 from e2e_utils.files import atomic_path, write_file
 
 from .engines import DESCRIBES, load_eager
@@ -46,18 +50,21 @@ def strip_checkpoint(
     settings: dict | None = None,
     tile_size: int | None = None,
     overlap: float | None = None,
+    category_ids: list[int] | None = None,
 ) -> Path:
     """Keep the weights of a checkpoint and what describes them, nothing else.
 
     Args:
         ckpt_path: a file of `e2e_utils.train`; one with {"model": state_dict}; one of
             a Determined PyTorchTrial ("models_state_dict"), or its folder; or a bare
-            state_dict. DistributedDataParallel's "module." prefix is removed.
+            state_dict. The prefixes "module." of DistributedDataParallel and
+            "_orig_mod." of torch.compile are removed.
         new_ckpt_path: the file to write; it appears whole or not at all.
-        architecture, class_names, settings, tile_size, overlap: what the checkpoint
-            does not say itself. `class_names` is indexed by label, background first.
-            Given here, they win. Defaults where neither says it: no settings, 300 px,
-            0.2; there is none for the architecture and the names.
+        architecture, class_names, settings, tile_size, overlap, category_ids: what the
+            checkpoint does not say itself. `class_names` is indexed by label,
+            background first; `category_ids` are the COCO ids of labels 1, 2, ...
+            Given here, they win. Where neither says it there are no settings and no
+            ids; the others are needed.
 
     Returns:
         `new_ckpt_path`, which `checkpoint.model_from_checkpoint` reads.
@@ -73,16 +80,18 @@ def strip_checkpoint(
     checkpoint = _load(path)
     given: dict = {"architecture": architecture, "class_names": class_names}
     given |= {"settings": settings, "tile_size": tile_size, "overlap": overlap}
-    known: dict = {"settings": {}, "tile_size": 300, "overlap": 0.2}
+    given |= {"category_ids": category_ids}
+    known: dict = {"settings": {}, "category_ids": None}
     own = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
     known |= {k: own[k] for k in DESCRIBES if k in own}
     known |= {k: v for k, v in given.items() if v is not None}
-    missing = [key for key in ("architecture", "class_names") if key not in known]
+    missing = [key for key in DESCRIBES if key not in known]
     if missing:
         raise ValueError(
             f"{path} does not say its {' and '.join(missing)}: pass "
             f"{' and '.join(f'{key}=...' for key in missing)} (architecture: one of "
-            f"{', '.join(models.MODELS)}; class_names: a list, the background first)"
+            f"{', '.join(models.MODELS)}; class_names: a list, the background first; "
+            "tile_size in pixels and overlap in 0..1: of the tiles it learned from)"
         )
     content = {"model": _weights(checkpoint, path), **known}
     load_detector(content, path)  # it fits, before anyone relies on it
@@ -123,10 +132,9 @@ def _weights(checkpoint: dict, path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds no weights: expected 'model', 'models_state_dict' or a bare "
             f"state_dict, found the keys {keys or '(none)'}"
         )
-    weights = dict(weights)
-    consume_prefix_in_state_dict_if_present(weights, "module.")
     # a view would drag the whole storage it looks at into the file
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+    own = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return bare_weights(own)
 
 
 def read_stripped(ckpt_path: str | Path) -> tuple[nn.Module, dict]:

@@ -10,23 +10,22 @@ import cv2
 import numpy as np
 
 from e2e_utils.classes import class_names
+from e2e_utils.tile_set import describe_split
 
 
-def write_noise_tiles(
-    splits: dict[str, tuple[Path, Path]], size: int, tiles: int = 8
-) -> None:
+def write_noise_tiles(folder: str | Path, size: int = 300, tiles: int = 8) -> None:
     """Write COCO tiles with two of xView's classes that mean nothing here.
 
     Args:
-        splits: {"train": (folder of its tiles, its COCO file), "val": ...}, as
-            `TrainConfig.split` names them; "val" has half as many tiles.
+        folder: gets "train", "val" and their description, see `tile_set.TileSet`.
         size: side of a tile in pixels, 41 or more.
-        tiles: of "train".
+        tiles: of "train"; "val" has half as many.
     """
     rng = np.random.default_rng(0)
     names = class_names()[1:]
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
-    for split, (image_dir, json_path) in splits.items():
+    for split in ("train", "val"):
+        image_dir, json_path = Path(folder, split), Path(folder, f"{split}.json")
         image_dir.mkdir(parents=True)
         images: list[dict] = []
         annotations: list[dict] = []
@@ -39,6 +38,7 @@ def write_noise_tiles(
             images.append(row)
         coco = {"images": images, "annotations": annotations, "categories": categories}
         json_path.write_text(json.dumps(coco))
+        describe_split(folder, split, image_dir, json_path, tile_size=size, overlap=0.0)
 
 
 def _rectangles(

@@ -33,6 +33,8 @@ import pytest
 import torch
 from servers import artefact, predicted, stripped, torchserved, tree  # noqa: F401
 
+from e2e_utils.tile_set import describe_split
+
 NAMES = ["square", "bar", "dot"]
 
 
@@ -50,12 +52,12 @@ def one_thread():
 
 
 def write_tiles(root, split: str, tiles: int, seed: int, size: int = 96) -> None:
-    """Tiles with bright squares and bars on dark ground, in the layout of tiling.py.
+    """Tiles with bright squares and bars on dark ground, and their description.
 
     The last tile is empty. 96 px keeps a training step under 50 ms.
     """
     rng = np.random.default_rng(seed)
-    folder = root / f"{split}_images_300_02"
+    folder = root / split
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for image_id in range(1, tiles + 1):
@@ -81,7 +83,10 @@ def write_tiles(root, split: str, tiles: int, seed: int, size: int = 96) -> None
         images.append(row)
     categories = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    (root / f"{split}_300_02.json").write_text(json.dumps(coco))
+    (root / f"{split}.json").write_text(json.dumps(coco))
+    describe_split(
+        root, split, folder, root / f"{split}.json", tile_size=size, overlap=0.0
+    )
 
 
 @pytest.fixture(scope="session")

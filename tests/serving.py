@@ -31,6 +31,7 @@ def checkpoint() -> dict:
         "architecture": "fasterrcnn_small",
         "settings": SETTINGS,
         "class_names": NAMES,
+        "category_ids": list(range(len(NAMES) - 1)),
         "tile_size": 300,
         "overlap": 0.2,
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(100_000)}}},

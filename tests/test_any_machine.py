@@ -24,6 +24,7 @@ from e2e_utils.data import CocoTiles, train_loader
 from kserve_utils.engines import read_artefact
 from kserve_utils.export import strip_checkpoint
 from e2e_utils.models import build_model
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import TrainConfig, fit, forward_losses, read_metrics, seed_step
 
 tiles, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -41,8 +42,7 @@ def trained(name, stop=None):
 
 torch.manual_seed(0)
 model = build_model("fasterrcnn_small", 4, **settings)
-config = TrainConfig(str(tiles), "")
-batch = next(iter(train_loader(CocoTiles(*config.split("train")), 2, 1)))
+batch = next(iter(train_loader(CocoTiles(*read_tile_set(tiles).split("train")), 2, 1)))
 seed_step(0, 1)
 first = {k: v.item() for k, v in forward_losses(model, *batch).items()}
 whole = trained("whole")
@@ -51,7 +51,7 @@ halves = trained("halves")
 same = all(torch.equal(v, halves["model"][k]) for k, v in whole["model"].items())
 logs = [read_metrics(folder / n / "metrics.jsonl") for n in ("whole", "halves")]
 stripped = strip_checkpoint(folder / "whole" / "last.pt", folder / "stripped.pth")
-data = CocoTiles(*TrainConfig(str(tiles), "").split("val"))
+data = CocoTiles(*read_tile_set(tiles).split("val"))
 pictures = [data.read(i).permute(1, 2, 0).numpy() for i in range(3)]
 parity = read_artefact(write_artefact(stripped, folder / "artefact", tiles=pictures))
 print("road", json.dumps({

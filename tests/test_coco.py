@@ -25,6 +25,12 @@ def changed(what, **fields):
     return json.dumps(coco)
 
 
+def without(what, field):
+    coco = content()
+    del coco[what][0][field]
+    return json.dumps(coco)
+
+
 TWICE = {**content(), "images": content()["images"] * 2}
 
 
@@ -36,9 +42,13 @@ TWICE = {**content(), "images": content()["images"] * 2}
         ('{"images": [], "annotations": []}', "missing required field `categories`"),
         (changed("annotations", bbox=[1, 2]), r"annotations\[0\].bbox"),
         (changed("annotations", bbox=[1, 2, 3, 4, 5]), "`array` of at most length 4"),
-        (changed("images", id=1.5), r"Expected `int`.*images\[0\].id"),
+        (changed("images", id=1.5), r"Expected `int . str`.*images\[0\].id"),
         (changed("images", height=0), "image 'a.jpg' is 40 x 0 pixels"),
         (changed("annotations", id=2), "id 2 stands twice in annotations"),
+        (without("images", "file_name"), r"required field `file_name`.*images\[0\]"),
+        (without("annotations", "id"), r"required field `id` .*annotations\[0\]"),
+        (without("annotations", "bbox"), r"required field `bbox` .*annotations\[0\]"),
+        (without("categories", "name"), r"required field `name` .*categories\[0\]"),
         (json.dumps(TWICE), "id 5 stands twice in images"),
     ],
 )
@@ -56,6 +66,8 @@ def test_broken_file_is_named_with_the_field_and_the_value(tmp_path, text, said)
         (changed("annotations", category_id=99), "annotation 1 of .*category_id 99 is"),
         (changed("annotations", image_id=99), "annotation 1 of .*image_id 99 is not"),
         (changed("annotations", bbox=[1, 1, 0, 5]), "annotation 1 of .*has no area"),
+        (changed("annotations", bbox=[1e5, 1, 2e-3, 5]), "annotation 1 .*in float32"),
+        (changed("annotations", image_id="5"), "annotation 1 .*image_id '5' is not"),
         (json.dumps({**content(), "images": [], "annotations": []}), "no images"),
     ],
 )

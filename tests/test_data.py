@@ -18,7 +18,7 @@ from e2e_utils.sampling import StepSampler, aspect_ratio_groups, repeat_factors
 
 @pytest.fixture
 def train_set(tiles):
-    return CocoTiles(tiles / "train_images_300_02", tiles / "train_300_02.json")
+    return CocoTiles(tiles / "train", tiles / "train.json")
 
 
 def boxes_lie_on_objects(image, target, at_least):
@@ -51,13 +51,57 @@ def test_a_wrong_coco_file_and_a_missing_folder_are_named(tiles, tmp_path, train
 
 
 def test_a_corrupt_and_a_missing_tile_are_named(tiles, tmp_path):
-    coco = json.loads((tiles / "train_300_02.json").read_text())
+    coco = json.loads((tiles / "train.json").read_text())
     (tmp_path / coco["images"][0]["file_name"]).write_bytes(b"\xff\xd8 no jpeg")
-    dataset = CocoTiles(tmp_path, tiles / "train_300_02.json")
+    dataset = CocoTiles(tmp_path, tiles / "train.json")
     with pytest.raises(ValueError, match=r"train_1\.jpg: cannot be read"):
         dataset[0]
     with pytest.raises(ValueError, match=r"train_2\.jpg is missing"):
         dataset[1]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "said"),
+    [
+        (
+            [10, 10, 1e-6, 5],
+            "annotation 1 of .*own.json: its box has no area in float32",
+        ),
+        ([1e8, 10, 1, 5], "annotation 1 of .*has no area in float32"),
+    ],
+)
+def test_a_box_that_vanishes_in_float32_is_named(tiles, tmp_path, bbox, said):
+    coco = json.loads((tiles / "train.json").read_text())
+    coco["annotations"][0]["bbox"] = bbox
+    (tmp_path / "own.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=said):
+        CocoTiles(tiles / "train", tmp_path / "own.json")
+
+
+def test_sizes_of_a_resized_set_are_not_believed(tiles, tmp_path):
+    coco = json.loads((tiles / "train.json").read_text())
+    coco["images"][0] |= {"width": 192, "height": 191}
+    (tmp_path / "own.json").write_text(json.dumps(coco))
+    dataset = CocoTiles(tiles / "train", tmp_path / "own.json")
+    with pytest.raises(ValueError, match=r"train_1.jpg has 96 x 96 px.*says 192 x 191"):
+        dataset[0]
+
+
+def test_ids_of_any_kind_become_labels_and_a_crowd_is_not_learned(tiles, tmp_path):
+    coco = json.loads((tiles / "train.json").read_text())
+    coco["categories"] = [{"id": i, "name": str(i)} for i in (9, 1, 5)]
+    for row in coco["images"]:
+        row["id"] = f"img_{row['id']}"
+    for row, category in zip(coco["annotations"], [9, 1, 5, 9] * 11, strict=True):
+        row |= {"image_id": f"img_{row['image_id']}", "category_id": category}
+    coco["annotations"][0]["iscrowd"] = 1
+    (tmp_path / "own.json").write_text(json.dumps(coco))
+    dataset = CocoTiles(tiles / "train", tmp_path / "own.json")
+    assert dataset.category_ids == [1, 5, 9]
+    assert dataset[0][1]["labels"].tolist() == [1, 2, 3]  # the first is a crowd
+    assert dataset[1][1]["labels"].tolist() == [3, 1, 2, 3]
+    assert dataset[1][1]["image_id"] == "img_2"
+    assert dataset.coco["annotations"][0]["iscrowd"] == 1
 
 
 def test_transpose_swaps_the_axes_of_image_and_boxes(train_set):

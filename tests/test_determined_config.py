@@ -314,15 +314,16 @@ def hook(tmp_path):
     return bucket, labels, start
 
 
-LABELS = ["train_300_02.json", "val_300_02.json"]
+LABELS = ["tiles.json", "train_512_025.json", "val_512_025.json"]
+SPLITS = {"splits": {name[:-13]: {"coco": name} for name in LABELS[1:]}}
 
 
 @pytest.mark.slow
 def test_startup_hook_fetches_labels_once_and_lets_the_entrypoint_go_on(hook):
     bucket, labels, start = hook
     for name in LABELS:
-        (bucket / name).write_text("{}")
-    for expected in ("fetched val_300_02.json", "val_300_02.json is there"):
+        (bucket / name).write_text(json.dumps(SPLITS))
+    for expected in (f"fetched {LABELS[2]}", f"{LABELS[2]} is there"):
         done = start()
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout and "entrypoint goes on" in done.stdout
@@ -332,12 +333,13 @@ def test_startup_hook_fetches_labels_once_and_lets_the_entrypoint_go_on(hook):
 @pytest.mark.slow
 def test_startup_hook_stops_the_container_where_labels_are_missing(hook):
     bucket, labels, start = hook
-    (bucket / LABELS[0]).write_text("{}")
+    for name in LABELS[:2]:
+        (bucket / name).write_text(json.dumps(SPLITS))
     done = start()
     assert done.returncode == 1
-    assert "could not fetch val_300_02.json" in done.stderr
+    assert "could not fetch val_512_025.json" in done.stderr
     assert "entrypoint goes on" not in done.stdout
-    assert [p.name for p in labels.iterdir()] == LABELS[:1]
+    assert {p.name for p in labels.iterdir()} == {*LABELS[:2]}
 
 
 @pytest.mark.slow

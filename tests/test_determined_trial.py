@@ -28,6 +28,7 @@ from e2e_utils.checkpoint import model_from_checkpoint  # noqa: E402
 from e2e_utils.config import TrainConfig  # noqa: E402
 from e2e_utils.data import CocoTiles, default_augment, train_loader  # noqa: E402
 from e2e_utils.experiment import fetch_tiles, load_config  # noqa: E402
+from e2e_utils.tile_set import read_tile_set  # noqa: E402
 from e2e_utils.train import fit, forward_losses, seed_step  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,7 @@ def test_trial_is_the_plain_loop_and_its_checkpoint_is_read(plain, whole, tmp_pa
     ):
         assert_equal_weights(model.state_dict(), ours.state_dict())
         assert not ours.training
-        for key in ("architecture", "settings", "class_names", "tile_size", "overlap"):
+        for key in ("architecture", "settings", "class_names", "tile_size"):
             assert found[key] == meta[key]
         assert (found["step"], found["metrics"]) == (STEPS, metrics)
 
@@ -181,7 +182,7 @@ def test_trial_starts_from_the_weights_of_a_checkpoint(plain, tiles, tmp_path):
     config = experiment(tiles, init_checkpoint=str(file), max_batches=1)
     run_local(config, tmp_path, report=seen)
     model, _ = model_from_checkpoint(file)
-    data = CocoTiles(*TrainConfig(str(tiles), "").split("train"), default_augment())
+    data = CocoTiles(*read_tile_set(tiles).split("train"), default_augment())
     images, targets = next(iter(train_loader(data, 2, 1)))
     seed_step(0, 1)
     model.train()
@@ -304,8 +305,8 @@ def test_tiles_in_a_bucket_are_fetched_once_a_machine(monkeypatch, tmp_path):
 
 def test_fake_tiles_are_coco_tiles(tmp_path):
     hparams = load_config(FILES / "fake.yaml")["hyperparameters"]
-    config = TrainConfig(fetch_tiles(hparams, tmp_path), "")
-    train, val = CocoTiles(*config.split("train")), CocoTiles(*config.split("val"))
+    tiles = read_tile_set(fetch_tiles(hparams, tmp_path))
+    train, val = CocoTiles(*tiles.split("train")), CocoTiles(*tiles.split("val"))
     assert (len(train), len(val), len(train.class_names)) == (8, 4, 61)
     image, target = train[0]
     assert image.shape == (3, 300, 300)

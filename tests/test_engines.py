@@ -20,6 +20,7 @@ from torchvision.ops import poolers
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image, predict_scene
+from e2e_utils.tile_set import describe_split
 from kserve_utils import artefact as artefacts
 from kserve_utils import engines, export, graphs
 from kserve_utils.approve import approve_precision
@@ -175,7 +176,8 @@ def test_every_engine_gives_the_boxes_of_torch_to_threads_that_ask_at_once(
         assert found["labels"].dtype == np.int64
         assert len(found["scores"]) == 40 and (np.diff(found["scores"]) <= 0).all()
         same(wanted[index % len(SIZES)], found)
-    scene, settings = decode(jpeg(500, 700, seed=3)), {"score_threshold": 0.0}
+    scene, settings = decode(jpeg(500, 700, seed=3)), {"size": 300, "overlap": 0.2}
+    settings |= {"score_threshold": 0.0}
     wanted, found = (predict_scene(m, scene, **settings) for m in (reference, module))
     assert len(wanted["scores"]) > 50
     same(wanted, found)
@@ -430,7 +432,12 @@ def test_on_a_gpu_the_boxes_are_those_of_the_cpu(plain):
         picture = decode(jpeg(*size, seed=7))
         same(predict_image(on_cpu, picture), predict_image(on_gpu, picture))
     scene = decode(jpeg(500, 700, seed=3))
-    same(*(predict_scene(m, scene, score_threshold=0.0) for m in (on_cpu, on_gpu)))
+    same(
+        *(
+            predict_scene(m, scene, 300, 0.2, score_threshold=0.0)
+            for m in (on_cpu, on_gpu)
+        )
+    )
 
 
 # In a process of its own: the libraries of other roads are gone there.
@@ -444,7 +451,7 @@ from e2e_utils.predict import predict_image, predict_scene
 module, meta = load_engine(sys.argv[1], device="cpu")
 pixels = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
 found = predict_image(module, pixels, class_names=meta["class_names"])
-scene = predict_scene(module, pixels, score_threshold=0.0)
+scene = predict_scene(module, pixels, 300, 0.2, score_threshold=0.0)
 assert len(found["names"]) and len(scene["scores"])
 """
 ELSEWHERE = ("kserve", "openvino", "onnx", "onnxruntime", "determined", "ray")
@@ -511,8 +518,8 @@ def labelled(plain, tmp_path):
             row = {"id": len(coco["annotations"]) + 1, "image_id": index, "iscrowd": 0}
             row |= {"category_id": int(label) - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             coco["annotations"].append({**row, "area": (x2 - x1) * (y2 - y1)})
-    (tmp_path / "tiles.json").write_text(json.dumps(coco))
-    return tmp_path / "tiles.json", folder
+    (tmp_path / "labels.json").write_text(json.dumps(coco))
+    return tmp_path / "labels.json", folder
 
 
 @pytest.mark.slow
@@ -521,8 +528,9 @@ def test_approval_is_measured_on_labelled_tiles_and_remembered(
     copy, labelled, every_precision, precision, other, run_main
 ):
     path, folder = labelled
-    command = ["--artefact", copy, "--engine", "torch", "--json", path]
-    command += ["--images", folder, "--precision", precision, "--max-drop"]
+    describe_split(path.parent, "val", folder, path, tile_size=300, overlap=0.2)
+    command = ["--artefact", copy, "--engine", "torch", "--tiles", path.parent]
+    command += ["--precision", precision, "--max-drop"]
     status, printed = run_main(approve_main, *command, 1)
     device = str(engines.resolve_device("torch"))
     assert status == 0
@@ -593,7 +601,8 @@ def architecture(name: str) -> dict:
         model.backbone(torch.rand(4, 3, 320, 320))
     content = {"model": model.state_dict(), "architecture": name}
     settings["score_thresh"] = 0.0
-    return {**content, "settings": settings, "class_names": NAMES[:5]}
+    tiles = {"tile_size": 160, "overlap": 0.2}
+    return {**content, **tiles, "settings": settings, "class_names": NAMES[:5]}
 
 
 FAMILIES = (

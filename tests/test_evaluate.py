@@ -19,6 +19,8 @@ from e2e_utils.evaluate import (
     searcher_metrics,
     to_coco,
 )
+from e2e_utils.mistakes import confusion_matrix, mistakes
+from e2e_utils.xview_score import xview_score
 
 
 def scene(boxes: int, seed: int, images: int = 4) -> tuple[dict, list]:
@@ -110,6 +112,50 @@ def test_a_subset_of_images_is_scored_alone():
     assert nothing["AP"] == nothing["AR_500"] == 0.0
 
 
+def renamed(truth: dict, found: list[dict]) -> tuple[dict, list[dict]]:
+    """The same with strings as ids of images, in another order of categories."""
+    images = [{**row, "id": f"img_{row['id']}"} for row in truth["images"]]
+    objects, found = (
+        [{**row, "image_id": f"img_{row['image_id']}"} for row in rows]
+        for rows in (truth["annotations"], found)
+    )
+    listed = truth["categories"][::-1]
+    return {"images": images, "annotations": objects, "categories": listed}, found
+
+
+def test_ids_of_images_may_be_strings(tmp_path):
+    truth, found = scene(20, seed=3)
+    other, others = renamed(truth, found)
+    assert coco_metrics(other, others) == coco_metrics(truth, found)
+    assert others[0]["image_id"] == f"img_{found[0]['image_id']}"  # as it was given
+    some = coco_metrics(other, others, image_ids=["img_1", "img_3"])
+    assert some == coco_metrics(truth, found, image_ids=[1, 3])
+    assert xview_score(other, others) == xview_score(truth, found)
+    wanted = mistakes(truth, found)
+    for kind, rows in mistakes(other, others).items():
+        assert rows.tolist() == wanted[kind].tolist()
+    with pytest.raises(ValueError, match=r"not in the ground truth: \['no'\]"):
+        coco_metrics(other, [{**others[0], "image_id": "no"}])
+
+
+def test_a_crowd_is_ignored_as_pycocotools_does():
+    truth, found = scene(20, seed=3)
+    for row in truth["annotations"][::3]:
+        row["iscrowd"] = 1
+    expected = pycocotools(truth, found).stats
+    metrics = coco_metrics(truth, found, (1, 10, 100))
+    assert metrics["AP"] == pytest.approx(expected[0], abs=1e-9)
+    assert metrics["AP"] != coco_metrics(*scene(20, seed=3))["AP"]
+    objects = [row for row in truth["annotations"] if not row["iscrowd"]]
+    kinds = mistakes(truth, found, 0.0)
+    rows = np.concatenate([kinds[k] for k in ("correct", "missed")])[:, 1]
+    assert not any(truth["annotations"][row]["iscrowd"] for row in rows)
+    assert confusion_matrix(truth, found, 0.0)[1:].sum() == len(objects)
+    alone = {**truth, "annotations": objects}
+    assert xview_score(truth, found) == xview_score(alone, found)
+    assert recall_ceiling(truth, [1]) == recall_ceiling(alone, [1])
+
+
 def test_labels_become_category_ids_and_boxes_xywh():
     output = {
         "boxes": torch.tensor([[10.0, 20, 30, 60]]),
@@ -136,11 +182,11 @@ class Labels(torch.nn.Module):
 
 
 def test_detect_sends_tiles_through_and_restores_the_mode(tiles):
-    dataset = CocoTiles(tiles / "val_images_300_02", tiles / "val_300_02.json")
+    dataset = CocoTiles(tiles / "val", tiles / "val.json")
     model = Labels(dataset).train()
     found = detect(model, eval_loader(dataset, 2), "cpu", dataset.category_ids)
     assert model.training
-    truth = json.loads((tiles / "val_300_02.json").read_text())
+    truth = json.loads((tiles / "val.json").read_text())
     assert coco_metrics(truth, found)["AP"] == pytest.approx(1.0)
 
 

@@ -30,6 +30,7 @@ from kserve_utils.engines import DESCRIBES
 
 SERVER = ROOT / "kserve_utils" / "torchserve_utils"
 DESCRIPTION = {"architecture": "fasterrcnn_small", "class_names": NAMES}
+DESCRIPTION |= {"tile_size": 300, "overlap": 0.2}
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_stripping_keeps_the_weights_and_what_describes_them_only(
     assert [path.name for path in tmp_path.iterdir()] == ["another name.pth"]
 
 
-FORMS = ("seeds", "arguments", "bare", "determined", "ddp", "own trial")
+FORMS = ("seeds", "arguments", "bare", "determined", "ddp", "compiled", "own trial")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -82,6 +83,7 @@ def test_other_forms_are_stripped_when_told_what_they_are(form, tmp_path):
         "bare": weights,
         "determined": determined(weights),
         "ddp": determined({f"module.{name}": v for name, v in weights.items()}),
+        "compiled": {f"_orig_mod.{name}": v for name, v in weights.items()},
         "own trial": determined(weights, e2e=said),  # describes itself
     }[form]
     torch.save(content, tmp_path / "state_dict.pth")
@@ -89,8 +91,9 @@ def test_other_forms_are_stripped_when_told_what_they_are(form, tmp_path):
     given = {} if form == "own trial" else DESCRIPTION
     new = export.strip_checkpoint(source, tmp_path / "new.pth", **given)
     model, meta = model_from_checkpoint(new)
-    settings = said["settings"] if form == "own trial" else {}
-    assert meta == {**said, "settings": settings}  # 300 px and 0.2 are the defaults
+    if form != "own trial":
+        said |= {"settings": {}, "category_ids": None}
+    assert meta == said
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
 
@@ -117,7 +120,7 @@ WEIGHTS = {"w": torch.zeros(2)}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": WEIGHTS}, "pass architecture=.* and class_names="),
+        ({"model": WEIGHTS}, "pass architecture=.* and class_names=.* and overlap="),
         ({**DESCRIPTION, "model": Foreign()}, "not a readable checkpoint"),
         ([1, 2, 3], "holds a list"),
         ({**DESCRIPTION, "model": {}}, "holds no weights"),

@@ -336,7 +336,8 @@ def test_what_is_damaged_or_foreign_never_starts(tree, artefact, tmp_path):
     measured(fault, 1, "does not start", lines[-1].removeprefix("predictor: "))
     fault, foreign = "a foreign checkpoint", tmp_path / "foreign.pth"
     torch.save({"model": {"a": torch.zeros(3)}}, foreign)
-    known = {key: checkpoint()[key] for key in ("architecture", "class_names")}
+    says = ("architecture", "class_names", "tile_size", "overlap")
+    known = {key: checkpoint()[key] for key in says}
     with pytest.raises(ValueError, match="foreign.pth") as error:
         export.strip_checkpoint(foreign, tmp_path / "stripped.pth", **known)
     for column in (0, 1):

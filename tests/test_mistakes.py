@@ -58,6 +58,14 @@ def test_one_mistake_of_each_kind():
     }
 
 
+def test_labels_of_the_matrix_are_those_of_the_tiles_whatever_the_order_of_the_file():
+    truth = coco((0, 0), (2, 50))
+    matrix = confusion_matrix(truth, found((0, 0, 0.9)))
+    truth["categories"].reverse()
+    assert confusion_matrix(truth, found((0, 0, 0.9))).tolist() == matrix.tolist()
+    assert matrix[1, 1] == matrix[3, 0] == 1  # label 1 is the lowest id
+
+
 def test_a_confused_object_is_not_missed_and_an_image_without_objects_is_background():
     kinds = mistakes(coco((1, 0)), found((0, 0, 0.9)))
     assert len(kinds["missed"]) == 0 and kinds["confusion"].tolist() == [[0, 0]]

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.models._api import WeightsEnum
 
-from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint, start_from
 from e2e_utils.models import MODELS, build_model, model_settings, resolved_settings
 
 # of each family of detectors the one that trains fastest
@@ -342,6 +342,17 @@ def test_a_checkpoint_gives_back_its_model(tmp_path):
     assert meta["step"] == 7 and "model" not in meta
     for key, value in model.state_dict().items():
         assert torch.equal(value, saved["model"][key])
+    for before in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        renamed = {before + key: value for key, value in saved["model"].items()}
+        torch.save({**saved, "model": renamed}, tmp_path / "wrapped.pt")
+        model_from_checkpoint(tmp_path / "wrapped.pt")
+    inside = {
+        k.replace("backbone.", "backbone._orig_mod."): v for k, v in renamed.items()
+    }
+    torch.save({**saved, "model": inside}, tmp_path / "part.pt")
+    fresh = build_model("fasterrcnn_small", 4)
+    start_from(fresh, tmp_path / "part.pt", "fasterrcnn_small", saved["class_names"])
+    assert torch.equal(fresh.state_dict()[key], saved["model"][key])
     torch.save({**saved, "class_names": ["background", "x"]}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model.pt.*do not fit"):
         model_from_checkpoint(tmp_path / "model.pt")

@@ -131,7 +131,7 @@ def test_the_boxes_are_those_of_sahi():
         postprocess_match_metric="IOU",
         verbose=0,
     ).object_prediction_list
-    found = predict_scene(model, image, border=0, class_names=NAMES)
+    found = predict_scene(model, image, 300, 0.2, border=0, class_names=NAMES)
     assert len(peer) == len(found["scores"]) > 100
     theirs = np.array([[*p.bbox.to_xyxy(), p.category.id, p.score.value] for p in peer])
     ours = np.column_stack([found[k] for k in ("boxes_xyxy", "labels", "scores")])
@@ -143,11 +143,11 @@ def test_the_boxes_are_those_of_sahi():
 def test_the_model_is_left_as_it_was():
     model, image = talkative_detector(), noise(300, 300)
     before = {key: value.stride() for key, value in model.state_dict().items()}
-    predict_scene(model, image)
+    predict_scene(model, image, 300, 0.2)
     assert not model.backbone._forward_pre_hooks
     assert {k: v.stride() for k, v in model.state_dict().items()} == before
     with pytest.raises(ValueError, match="label"):
-        predict_scene(model, image, class_names=["background"])
+        predict_scene(model, image, 300, 0.2, class_names=["background"])
     assert not model.backbone._forward_pre_hooks
 
 
@@ -161,8 +161,8 @@ def test_a_file_gives_the_boxes_of_its_pixels(tmp_path, kind):
         bands = np.moveaxis(image, -1, 0) if kind == "separate" else image
         config = {"planarconfig": kind} if kind != "lzw" else {"compression": "lzw"}
         tifffile.imwrite(path, bands, photometric="rgb", **config)
-    wanted = predict_scene(BrightSquares(), image, size=200)
-    found = predict_scene(BrightSquares(), str(path), size=200)
+    wanted = predict_scene(BrightSquares(), image, 200, 0.2)
+    found = predict_scene(BrightSquares(), str(path), 200, 0.2)
     assert len(wanted["scores"]) == 4
     for key in wanted:
         np.testing.assert_array_equal(found[key], wanted[key])
@@ -185,7 +185,7 @@ def test_a_scene_of_16_bits_is_predicted_by_its_record_and_refused_without(tmp_p
 def test_a_file_that_is_no_scene_is_named(tmp_path):
     (tmp_path / "notes.tif").write_text("no picture")
     with pytest.raises(ValueError, match="notes.tif"):
-        predict_scene(BrightSquares(), tmp_path / "notes.tif")
+        predict_scene(BrightSquares(), tmp_path / "notes.tif", 300, 0.2)
 
 
 PEAK = """
@@ -208,7 +208,7 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 before = peak()
-found = predict_scene(Blind(), sys.argv[1], size=600)
+found = predict_scene(Blind(), sys.argv[1], 600, 0.2)
 print(len(found["scores"]), peak() - before)
 """
 
@@ -240,7 +240,9 @@ def test_autocast_reaches_the_model():
 
     for dtype in (None, torch.bfloat16):
         model = Asks()
-        found = predict_scene(model, square_scene([(10, 10)]), amp_dtype=dtype)
+        found = predict_scene(
+            model, square_scene([(10, 10)]), 300, 0.2, amp_dtype=dtype
+        )
         assert model.dtype == (dtype or torch.float32)
         assert found["scores"].dtype == np.float32
 

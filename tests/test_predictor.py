@@ -185,7 +185,9 @@ def test_the_clients_of_kserve_are_understood(predicted):
 def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
     predicted, eager, scene
 ):
-    local = predict_scene(eager, scene, score_threshold=0.017, class_names=NAMES)
+    local = predict_scene(
+        eager, scene, 300, 0.2, score_threshold=0.017, class_names=NAMES
+    )
     pixels, content = decode(jpeg(500, 700, seed=5)), scene.read_bytes()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")

@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_leaves
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig, parse_args
 from e2e_utils.data import CocoTiles
+from e2e_utils.experiment import train_config
 from e2e_utils.optim import lr_factor, make_optimizer
+from e2e_utils.run import as_they_are
+from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
 TINY = {
@@ -84,7 +87,7 @@ def test_a_run_reports_and_saves_at_each_evaluation(whole_run):
     assert [r["step"] for r in read_metrics(output / "metrics.jsonl")] == [6, 6, 12, 12]
     model, meta = model_from_checkpoint(output / "best.pt")
     assert meta["class_names"] == ["background", "square", "bar", "dot"]
-    assert meta["tile_size"] == 300 and meta["config"]["steps"] == 12
+    assert meta["tile_size"] == 96 and meta["config"]["steps"] == 12
     assert model.transform.min_size == (96,)
 
 
@@ -152,10 +155,13 @@ def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
         ({"device": "cuda:99"}, "device 'cuda:99', but torch .* finds"),
         ({"model": "yolo"}, "unknown model 'yolo'"),
         ({"ema": 1.0}, "ema must be in 0..1, below 1, got 1.0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+        ({"lr_milestones": [1, "2"]}, "lr_milestones must be a whole number, got '2'"),
         ({"cache": "ram"}, "cache must be True or False, got 'ram'"),
         ({"repeat_threshold": -1}, "repeat_threshold must be in 0..1, got -1"),
-        ({"data_path": "nowhere"}, "nowhere/train_images_300_02"),
+        ({"data_path": "nowhere"}, "nowhere has no tiles.json"),
         ({"output_dir": "WHOLE", "lr": 0.5}, "lr: 0.001 there, 0.5 asked"),
+        ({"output_dir": "WHOLE", "data_path": "WIDER"}, "tile_size 96, .* have 128"),
         ({"model": "ssd300_vgg16", "settings": {}}, "architecture fasterrcnn_sm"),
         ({"settings": {"anchor_sizes": [[4, 8, 16, 32]] * 3}}, "other settings"),
         ({"init_checkpoint": "gone.pt"}, "gone.pt"),
@@ -169,6 +175,10 @@ def test_a_run_that_cannot_be_is_refused_before_it_writes(
     state["class_names"][1] = "boat"
     torch.save(state, tmp_path / "boats.pt")
     places = {"WHOLE": str(whole_run[0]), "BOATS": str(tmp_path / "boats.pt")}
+    places["WIDER"] = str(shutil.copytree(tiles, tmp_path / "wider"))
+    said = (tmp_path / "wider" / "tiles.json").read_text()
+    wider = said.replace('"tile_size": 96', '"tile_size": 128')
+    (tmp_path / "wider" / "tiles.json").write_text(wider)
     if changes.keys() & {"model", "settings"}:
         changes = {"init_checkpoint": str(whole_run[0] / "last.pt"), **changes}
     changes = {key: places.get(str(value), value) for key, value in changes.items()}
@@ -199,6 +209,32 @@ def test_the_rate_warms_up_then_falls(tiles):
         factor = lr_factor(config(tiles, "x", **given, **when), 100, 10)
         rates = [factor(step) for step in (0, 39, 40, 80)]
         assert rates == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_whole_floats_are_taken_as_ints():
+    given = {"steps": 1e5, "eval_steps": None, "lr_milestones": [1e2, 200], "lr": 1}
+    run = TrainConfig("d", "o", **given)
+    assert (run.steps, run.eval_steps, run.lr_milestones) == (100_000, None, [100, 200])
+    assert type(run.steps) is type(run.lr_milestones[0]) is int
+    for steps in (float("inf"), float("nan"), True, "1e5"):
+        with pytest.raises(ValueError, match="steps must be a whole number, got"):
+            TrainConfig("d", "o", steps=steps)
+    hparams = {"global_batch_size": 4.0, "max_batches": 1e2, "backend": "fake"}
+    assert train_config({**hparams, "warmup_batches": 10.0}, 2).batch_size == 2
+    with pytest.raises(ValueError, match="global_batch_size must be .*'4'"):
+        train_config({**hparams, "global_batch_size": "4"})
+
+
+def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
+    small = config(tiles, "x", settings={})
+    assert as_they_are(small, 512).settings == {"min_size": 512, "max_size": 512}
+    for kept, size in (
+        (small, 300),
+        (config(tiles, "x", settings={"min_size": 600}), 512),
+        (config(tiles, "x", settings={}, model="fasterrcnn_resnet50_fpn"), 512),
+        (config(tiles, "x", settings={}, model="ssd300_vgg16"), 512),
+    ):
+        assert as_they_are(kept, size) is kept
 
 
 def test_every_field_is_a_flag():
@@ -276,9 +312,11 @@ def test_the_average_of_weights_is_followed_and_evaluated(tiles, tmp_path):
 
 def test_a_rare_class_lengthens_an_epoch(tiles, tmp_path):
     data = shutil.copytree(tiles, tmp_path / "data")
-    coco = json.loads((data / "train_300_02.json").read_text())
+    coco = json.loads((data / "train.json").read_text())
     coco["annotations"][0]["category_id"] = 2  # a class that one tile of 12 has
-    (data / "train_300_02.json").write_text(json.dumps(coco))
+    (data / "train.json").write_text(json.dumps(coco))
+    described = {"tile_size": 96, "overlap": 0.0}
+    describe_split(data, "train", data / "train", data / "train.json", **described)
     given = {"steps": None, "epochs": 1, "eval_steps": 100, "repeat_threshold": 1.0}
     fit(config(data, tmp_path / "run", **given), progress=False)
     whole = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -436,7 +474,7 @@ def test_two_processes_are_one_run(tiles, tmp_path):
 
     model, meta = model_from_checkpoint(tmp_path / "run" / "last.pt")
     alone, _ = evaluate_split(
-        model, CocoTiles(*wanted.split("val")), torch.device("cpu")
+        model, CocoTiles(*read_tile_set(tiles).split("val")), torch.device("cpu")
     )
     assert alone["AR_500"] > 0
     figures = {key: alone[key] for key in ("AP", "AP50", "AR_500")}

@@ -4,7 +4,8 @@
         --ckpt-path trained_model.pth --new-ckpt-name trained_model_stripped.pth
 
 A checkpoint of `e2e_utils.train` says everything itself. One of another origin may
-lack the architecture or the class names; the flags give them.
+lack the architecture, the class names, or the tiles it learned from; the flags give
+them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     add("--settings", type=json.loads, metavar="JSON")
     add("--tile-size", type=int)
     add("--overlap", type=float)
+    add("--category-ids", type=int, nargs="+", help="COCO ids of labels 1, 2, ...")
     given = vars(parser.parse_args())
     source, target = given.pop("ckpt_path"), given.pop("new_ckpt_name")
     try:

@@ -9,8 +9,8 @@ import torch
 from marked import differences
 
 from e2e_utils.checkpoint import model_from_checkpoint
-from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import evaluate_split
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -62,7 +62,7 @@ def test_the_detector_learned(run):
 def test_its_average_precision_in_bf16_is_that_in_fp32(run):
     """Emulated where the CPU has no bf16: slow there, and the same arithmetic."""
     detector, meta = model_from_checkpoint(run / "training" / "best.pt")
-    tiles = CocoTiles(*TrainConfig(**meta["config"]).split("val"))
+    tiles = CocoTiles(*read_tile_set(run / "tiles").split("val"))
     cpu = torch.device("cpu")
     full, lower = (
         evaluate_split(detector, tiles, cpu, dtype)[0]["AP"]
