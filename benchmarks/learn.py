@@ -30,7 +30,7 @@ from e2e_utils.config import TrainConfig
 from e2e_utils.convert import geojson_to_coco
 from e2e_utils.evaluate import coco_metrics, to_coco
 from e2e_utils.predict import predict_scene
-from e2e_utils.tiling import slice_coco
+from e2e_utils.prepare import prepare_tiles
 from e2e_utils.train import fit
 from sample_data.dataset import draw_dataset
 
@@ -52,13 +52,8 @@ def prepare(root: Path, draw: int) -> Path:
     geojson_to_coco(
         scenes / "train_images", scenes / "xView_train.geojson", root / "coco", 0.75
     )
-    for split in ("train", "val"):
-        slice_coco(
-            scenes / "train_images",
-            root / "coco" / f"{split}.json",
-            root / "tiles",
-            ignore_negative_samples=split == "train",
-        )
+    train, val = (root / "coco" / f"{split}.json" for split in ("train", "val"))
+    prepare_tiles(scenes / "train_images", train, root / "tiles", val_coco=val)
     return root / "tiles"
 
 

@@ -23,9 +23,8 @@ Tiles = dict[str, list[int]]  # file name: x1, y1, x2, y2 in scene pixels
 
 
 def _sources(manifest: dict) -> dict[str, dict]:
-    """The scene and bands, as a manifest describes them, that each tile is cut from."""
-    bands = {"bands": manifest["settings"].get("bands")}
-    scenes = {row["file_name"]: row | bands for row in manifest["scenes"]}
+    """The scene, as a manifest describes it, that each tile is cut from."""
+    scenes = {row["file_name"]: row for row in manifest["scenes"]}
     return {tile["file_name"]: scenes[tile["scene"]] for tile in manifest["tiles"]}
 
 

@@ -133,7 +133,9 @@ def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
         scene.keep = part
 
 
-def _make_manifest(scenes: list[_Scene], image_dir: Path) -> dict:
+def _make_manifest(
+    scenes: list[_Scene], image_dir: Path, bands: tuple[int, int, int] | None
+) -> dict:
     """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
     rows, tiles = [], []
     for scene in scenes:
@@ -141,7 +143,7 @@ def _make_manifest(scenes: list[_Scene], image_dir: Path) -> dict:
         if (image_dir / name).exists():
             stat = (image_dir / name).stat()
             row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        rows.append(row)
+        rows.append(row | ({"bands": list(bands)} if bands else {}))
         for tile, xyxy in scene.tiles().items():
             tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
     return {"scenes": rows, "tiles": tiles}
@@ -200,11 +202,11 @@ def slice_coco(
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
     `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
     `train_300_02_manifest.json` (`scenes` with id, file_name, height, width, bytes,
-    mtime_ns; `tiles` with file_name, scene and xyxy in scene pixels). At last it adds
-    the split to `tiles.json`, which tells all of it to whoever reads the folder, see
-    `tile_set.read_tile_set`. Boxes are cut, polygons of the input are not read; a
-    crowd (iscrowd 1) stays one. Run again, the work continues by the manifest: tiles
-    of other settings, or of a scene that has changed, are removed.
+    mtime_ns, bands; `tiles` with file_name, scene and xyxy in scene pixels). At last it
+    adds the split to `tiles.json`, which tells all of it to whoever reads the folder,
+    see `tile_set.read_tile_set`. Boxes are cut, polygons of the input are not read; a
+    crowd (iscrowd 1) stays one. Run again, the work continues by the manifest: tiles of
+    other settings, or of a scene that has changed, are removed.
 
     Args:
         image_dir: folder of the scenes, TIFF, PNG or JPEG, see `scenes.open_scene`.
@@ -255,7 +257,7 @@ def slice_coco(
         "seed": seed,
         "bands": bands and list(bands),
     }
-    manifest = _make_manifest(scenes, images)
+    manifest = _make_manifest(scenes, images, bands)
     start_manifest(report.manifest, report.image_dir, manifest)
     jobs = [(scene.image, scene.tiles()) for scene in scenes]
     done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", bands)
@@ -263,7 +265,7 @@ def slice_coco(
     scenes = [s for s in scenes if s.image.file_name not in report.failed]
     _save(scenes, coco, report)
     if report.failed:
-        manifest = _make_manifest(scenes, images)
+        manifest = _make_manifest(scenes, images, bands)
         write_file(report.manifest, [msgspec.json.encode(manifest)])
     describe_split(
         out,

@@ -36,7 +36,9 @@ INGEST_TIME = "2017/07/24 12:49:09.118+00"
 CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
 
 
-def draw_dataset(output_dir: str | Path, scenes: int = 12, seed: int = 0) -> Path:
+def draw_dataset(
+    output_dir: str | Path, scenes: int = 12, seed: int = 0, haze: float = 0.0
+) -> Path:
     """Draw `scenes` scenes and their labels into `output_dir`; return its path.
 
     Writes `train_images/<number>.tif` (GeoTIFF in EPSG:4326, uint8 RGB, uncompressed,
@@ -52,21 +54,24 @@ def draw_dataset(output_dir: str | Path, scenes: int = 12, seed: int = 0) -> Pat
     `1395.tif`, which does not exist; the first scene has a `._<number>.tif` beside it;
     scene 4 of each dozen has no labels.
 
-    A scene depends on its place in the series and on `seed` alone, not on `scenes`.
+    `haze`, 0 to 0.6, veils all of them by so much more: a city under another sky.
+    A scene depends on its place in the series, `seed` and `haze`, not on `scenes`.
     The same arguments give the same bytes with the same versions of numpy, opencv and
     rasterio. Files appear whole or not at all; a folder that is complete already is
     left as it is.
 
-    Raises ValueError for `scenes` < 1 or `seed` < 0, FileExistsError if the folder
+    Raises ValueError for an argument out of range, FileExistsError if the folder
     holds a data set that was not drawn here, OSError if it cannot be written.
     """
     if scenes < 1:
         raise ValueError(f"scenes must be 1 or more, not {scenes}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, not {seed}")
+    if not 0 <= haze <= 0.6:
+        raise ValueError(f"haze must be 0 to 0.6, not {haze}")
     root = Path(output_dir)
     try:
-        _draw(root, scenes, seed)
+        _draw(root, scenes, seed, haze)
     except FileExistsError as error:
         if error.errno is None:
             raise
@@ -104,12 +109,12 @@ def scene_features(
     return [_feature(index, seed, i, image, *row) for i, row in enumerate(rows)]
 
 
-def _draw(root: Path, scenes: int, seed: int) -> None:
+def _draw(root: Path, scenes: int, seed: int, haze: float) -> None:
     images = root / "train_images"
     root.mkdir(parents=True, exist_ok=True)
     names = [f"train_images/{scene_number(i)}.tif" for i in range(scenes)]
     names += [f"train_images/._{scene_number(0)}.tif", GEOJSON]
-    stamp = {"scenes": scenes, "seed": seed, "made_with": _made_with()}
+    stamp = {"scenes": scenes, "seed": seed, "haze": haze, "made_with": _made_with()}
     old = _read_stamp(root)
     if old is None and ((root / GEOJSON).exists() or _has_files(images)):
         raise FileExistsError(
@@ -126,7 +131,7 @@ def _draw(root: Path, scenes: int, seed: int) -> None:
     _write(root, STAMP, _dump({"files": everything}))
     features = []
     for index, name in enumerate(tqdm(names[:scenes], "Drawing", unit="scene")):
-        image, objects = scene.draw_scene(index, seed)
+        image, objects = scene.draw_scene(index, seed, haze)
         _write(root, name, (image, place(index, seed)[1]))
         features += scene_features(index, seed, objects, *image.shape[:2])
     for i in range(3):
@@ -246,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="another seed, other scenes"
     )
+    parser.add_argument("--haze", type=float, default=0.0, help="more haze, 0 to 0.6")
     arguments = parser.parse_args(argv)
     try:
         root = draw_dataset(**vars(arguments))

@@ -85,14 +85,16 @@ KINDS = {
 }  # fmt: skip
 
 
-def draw_scene(index, seed):
+def draw_scene(index, seed, haze=0.0):
     """Draw scene `index` of the series `seed`; it depends on nothing else.
+
+    `haze` is added to what the air scatters into every pixel, a share of its light.
 
     Returns (image uint8 (H, W, 3) RGB, objects): objects is a list of
     (type_id, x1, y1, x2, y2), int pixels, tight around the object without its
     shadow; where an object crosses the border its box overhangs.
     """
-    return Scene(index, seed).render()
+    return Scene(index, seed, haze).render()
 
 
 def strip_of(index):
@@ -127,7 +129,7 @@ class Scene:
     put objects in place once all ground and roads are painted.
     """
 
-    def __init__(self, index, seed):
+    def __init__(self, index, seed, haze=0.0):
         strip = np.random.default_rng(
             np.random.SeedSequence((seed, 1, strip_of(index)))
         )
@@ -140,7 +142,8 @@ class Scene:
         self.climate = CLIMATES[int(strip.integers(len(CLIMATES)))]
         azimuth = strip.uniform(0, 2 * math.pi) + rng.uniform(-0.1, 0.1)
         reach = strip.uniform(0.45, 0.95)
-        self.haze = strip.uniform(0.0, 0.10) + rng.uniform(0, 0.06)
+        self.haze = strip.uniform(0.0, 0.10) + rng.uniform(0, 0.06) + haze
+        self.haze_most = 0.3 + haze
         self.haze_tone = np.array([0.70, 0.74, 0.80], np.float32)
         self.cast = 1 + strip.uniform(-0.025, 0.025, 3) + rng.uniform(-0.008, 0.008, 3)
         self.gain = rng.uniform(0.92, 1.08)
@@ -422,7 +425,9 @@ class Scene:
             veil = noise(rng, h, w, 512, 6, 0.6)
             cloud = np.clip(veil * 1.1 - 0.35, 0, 0.5).astype(np.float32)[..., None]
             image += cloud * (np.float32(0.92) - image)
-        uneven = np.clip(self.haze * (1 + 0.5 * noise(rng, h, w, 512, 2)), 0, 0.3)
+        uneven = np.clip(
+            self.haze * (1 + 0.5 * noise(rng, h, w, 512, 2)), 0, self.haze_most
+        )
         image += uneven.astype(np.float32)[..., None] * (self.haze_tone - image)
         image *= (self.cast * self.gain).astype(np.float32)
         grey = (image[..., :1] + image[..., 1:2] * 2 + image[..., 2:]) * np.float32(

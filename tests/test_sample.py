@@ -70,6 +70,13 @@ def test_a_scene_depends_on_its_index_and_the_seed_alone(four, tmp_path):
     assert not np.array_equal(other, images_of(four)[scene_name(3)])
 
 
+def test_haze_veils_the_same_scene_and_moves_no_label():
+    clear, objects = scene.draw_scene(3, seed=1)  # the quickest
+    hazy, of_hazy = scene.draw_scene(3, seed=1, haze=0.4)
+    assert of_hazy == objects
+    assert hazy.std() < 0.75 * clear.std() and hazy.mean() > clear.mean()
+
+
 def test_pixels_do_not_depend_on_threads_or_vector_instructions(four):
     """As on another processor: no IPP, no dispatch to wider vectors, other threads."""
     code = (
@@ -142,7 +149,7 @@ def test_predicted_polygons_are_those_of_the_labels_in_degrees(tmp_path, monkeyp
     for x1, y1, x2, y2 in boxes:
         picture[y1:y2, x1:x2] = 255
     drawn = picture, [(18, *box) for box in boxes.tolist()]
-    monkeypatch.setattr(scene, "draw_scene", lambda index, seed: drawn)
+    monkeypatch.setattr(scene, "draw_scene", lambda index, seed, haze: drawn)
     root = dataset.draw_dataset(tmp_path / "xview", scenes=2)
     found = {}
     for name in (scene_name(0), scene_name(1)):
@@ -230,7 +237,7 @@ def quick(monkeypatch):
     """Scenes that cost nothing; a run is cut off at the index put into the set."""
     fails = set()
 
-    def draw(index, seed):
+    def draw(index, seed, haze):
         if index in fails:
             raise KeyboardInterrupt
         return np.zeros((200, 200, 3), np.uint8), [(18, 10, 10, 25, 17)]
@@ -280,7 +287,7 @@ def test_what_cannot_be_drawn_or_written_is_refused(tmp_path, capsys):
         assert dataset.main(["--output_dir", str(target)]) == 2
         (message,) = capsys.readouterr().err.splitlines()
         assert str(target) in message
-    for argument, value in (("scenes", 0), ("seed", -1)):
+    for argument, value in (("scenes", 0), ("seed", -1), ("haze", 0.7)):
         with pytest.raises(ValueError, match=f"{argument} must be .*, not {value}"):
             dataset.draw_dataset(tmp_path / "x", **{argument: value})
     assert not (tmp_path / "x").exists()
