@@ -206,8 +206,7 @@ def start_split(
 ) -> TileSet:
     """The description of a folder without a split that is about to be made anew.
 
-    Nobody takes half a split for a whole one: it is out of the file until
-    `describe_split` says that it is whole.
+    It is out of the file until `describe_split` says that it is whole.
 
     Raises:
         ValueError: the folder has tiles of another size, overlap, or classes.
