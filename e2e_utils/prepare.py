@@ -61,6 +61,24 @@ def split_coco(
     return files[0], files[1]
 
 
+def _check_pair(train: Path, val: Path) -> None:
+    """ValueError where a scene is in both COCO files, or a category in one alone."""
+    first, second = (read_coco(path, strict=False) for path in (train, val))
+    scenes = [{row.file_name for row in coco.images} for coco in (first, second)]
+    if both := scenes[0] & scenes[1]:
+        raise ValueError(
+            f"scene {min(both)!r} is in {train} and in {val}: what is trained on "
+            "cannot validate"
+        )
+    classes = [{(c.id, c.name) for c in coco.categories} for coco in (first, second)]
+    if alone := classes[0] ^ classes[1]:
+        number, name = min(alone)
+        raise ValueError(
+            f"category {number}, {name!r}, is in {train} or in {val} alone: both need "
+            "the same categories"
+        )
+
+
 def prepare_tiles(
     image_dir: str | Path,
     coco: str | Path,
@@ -94,8 +112,8 @@ def prepare_tiles(
         {"train": TilingReport, "val": TilingReport}; print them.
 
     Raises:
-        ValueError: as `slice_coco` and `split_coco`; a scene is in both COCO files; or
-            no tile is left of a split.
+        ValueError: as `slice_coco` and `split_coco`; a scene is in both COCO files, a
+            category in one alone; or no tile is left of a split.
         FailedScenes: see `slice_coco`; both splits are done but for these scenes.
     """
     out = Path(output_dir)
@@ -103,15 +121,7 @@ def prepare_tiles(
         files = split_coco(coco, out, train_split_rate, seed)
     else:
         files = Path(coco), Path(val_coco)
-        train, val = (
-            {image.file_name for image in read_coco(file, strict=False).images}
-            for file in files
-        )
-        if train & val:
-            raise ValueError(
-                f"scene {min(train & val)!r} is in {coco} and in {val_coco}: what is "
-                "trained on cannot validate"
-            )
+        _check_pair(*files)
     reports, failure = {}, None
     for split, file in zip(("train", "val"), files, strict=True):
         try:

@@ -34,6 +34,7 @@ class Split(msgspec.Struct, kw_only=True, omit_defaults=True):
     manifest: str | None = None  # the pixels of a scene that each tile shows
     scenes: str | None = None  # folder of the scenes
     scenes_coco: str | None = None  # COCO file of the scenes
+    scenes_sha256: str | None = None  # of that file
     settings: dict = {}  # what else decided which tiles there are
 
 
@@ -71,7 +72,8 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
         """(folder of scenes, COCO file) that the tiles of a split were cut from.
 
         Raises:
-            ValueError: no such split, or nobody said where its scenes are.
+            ValueError: no such split, nobody said where its scenes are, or their COCO
+                file is another one by now.
             FileNotFoundError: they are there no longer.
         """
         one = self._split(name)
@@ -79,7 +81,6 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
             raise ValueError(
                 f"{self._path} does not say where the scenes of {name} are"
             )
-        # without the dots: a folder on the way may be on another machine
         found = [
             Path(os.path.normpath(Path(self.folder, path)))
             for path in (one.scenes, one.scenes_coco)
@@ -89,6 +90,11 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise FileNotFoundError(
                     f"{path} is not there; by {self._path}, {name} was cut from it"
                 )
+        if _digest(found[1]) != one.scenes_sha256:
+            raise ValueError(
+                f"{found[1]} is not the file that {name} of {self._path} was cut from: "
+                f"it was changed; {_AGAIN}"
+            )
         return found[0], found[1]
 
     def describe(self) -> dict:
@@ -126,22 +132,20 @@ def read_tile_set(folder: str | Path) -> TileSet:
     folder = Path(folder)
     path, manifests = folder / NAME, {p.name for p in folder.glob(f"*{MANIFEST}")}
     if not path.is_file():
+        todo = "make tiles there with notebook 2 or e2e_utils.prepare, or describe "
+        todo += "those of another tool with describe_split"
         if manifests:
-            raise FileNotFoundError(
-                f"{folder} has no {NAME}, but {min(manifests)}: an older version wrote "
-                f"its tiles, or a run that was stopped; {_AGAIN}"
-            )
-        raise FileNotFoundError(
-            f"{folder} has no {NAME}: make tiles there with notebook 2 or "
-            "e2e_utils.prepare, or describe those of another tool with describe_split"
-        )
+            todo = f"{min(manifests)} is of an older version or of a run that was "
+            todo += f"stopped; {_AGAIN}"
+        raise FileNotFoundError(f"{folder} has no {NAME}: {todo}")
     tiles = _read(path)
     for name, split in tiles.splits.items():
         _check_split(path, name, split)
     if others := manifests - {split.manifest for split in tiles.splits.values()}:
         raise ValueError(
             f"{folder} holds tiles of another run as well ({min(others)}), which "
-            f"{NAME} does not list: remove the folder and {_AGAIN}"
+            f"{NAME} does not list: remove the folder (or take another one of the "
+            f"bucket) and {_AGAIN}"
         )
     return tiles
 
@@ -202,16 +206,14 @@ def start_split(
 ) -> TileSet:
     """The description of a folder without a split that is about to be made anew.
 
-    Nobody takes half a split for a whole one: it is out of the file until
-    `describe_split` says that it is whole.
+    It is out of the file until `describe_split` says that it is whole.
 
     Raises:
         ValueError: the folder has tiles of another size, overlap, or classes.
     """
     path = Path(folder, NAME)
-    classes = [
-        Category(one.id, one.name) for one in sorted(categories, key=lambda c: c.id)
-    ]
+    ordered = sorted(categories, key=lambda one: one.id)
+    classes = [Category(one.id, one.name) for one in ordered]
     new = TileSet(
         format=FORMAT,
         tile_size=tile_size,
@@ -235,8 +237,7 @@ def start_split(
         return new
     if there.classes != classes:
         before, now = ({c.id: c.name for c in t.classes} for t in (there, new))
-        ids = sorted({*before, *now})
-        one = next(i for i in ids if before.get(i) != now.get(i))
+        one = min(i for i in {*before, *now} if before.get(i) != now.get(i))
         raise ValueError(
             f"category {one} is {now.get(one)!r} in {name} and {before.get(one)!r} in "
             f"{', '.join(there.splits)} of {folder}: all splits need the same ones"
@@ -299,6 +300,7 @@ def describe_split(
         manifest=_relative(manifest, folder),
         scenes=_relative(of_scenes[0], folder),
         scenes_coco=_relative(of_scenes[1], folder),
+        scenes_sha256=scenes and _digest(Path(scenes[1])),
         settings=settings or {},
     )
     tiles.pixel_size = pixel_size if pixel_size is not None else tiles.pixel_size
@@ -311,7 +313,8 @@ def _relative(path: str | Path | None, folder: Path) -> str | None:
     """A path as seen from the folder: the two may move, or be copied, together."""
     if path is None:
         return None
+    path = Path(path).resolve()
     try:
-        return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix()
+        return Path(os.path.relpath(path, folder.resolve())).as_posix()
     except ValueError:  # on another drive
-        return Path(path).resolve().as_posix()
+        return path.as_posix()

@@ -78,6 +78,9 @@ def test_a_folder_of_tiles_tells_all_that_comes_after(own, tmp_path):
         )
         names += listed
     assert len(set(names)) == 3  # no scene is in both
+    labels.write_text(labels.read_text() + " ")
+    with pytest.raises(ValueError, match="scenes_val.json is not the file that val"):
+        tiles.scenes("val")
     shutil.rmtree(tmp_path / "moved" / "scenes")
     with pytest.raises(FileNotFoundError, match="moved/scenes is not there"):
         tiles.scenes("val")
@@ -92,7 +95,7 @@ def change(name, text):
     [
         (
             lambda f: (f / "tiles.json").unlink(),
-            "has no tiles.json, but train_512_025_",
+            "has no tiles.json: train_512_025_man",
         ),
         (change("tiles.json", '{"tile_size": 300}'), "is of format 0, and format 1 is"),
         (change("tiles.json", '{"format": 1}'), "missing required field `tile_size`"),
@@ -184,6 +187,15 @@ def test_scenes_are_split_by_a_seed_and_what_cannot_be_split_is_refused(tmp_path
     scenes = tmp_path / "scenes"
     with pytest.raises(ValueError, match="'Straße 0 ü.png' is in .* and in"):
         prepare_tiles(scenes, labels, out, val_coco=labels)
+    coco = json.loads((out / "scenes_val.json").read_text())
+    coco["categories"][0]["name"] = "boat"
+    (tmp_path / "other.json").write_text(json.dumps(coco))
+    with pytest.raises(
+        ValueError, match="category 9, 'boat', is in .*scenes_train.json"
+    ):
+        prepare_tiles(
+            scenes, out / "scenes_train.json", out, val_coco=tmp_path / "other.json"
+        )
     coco = json.loads(labels.read_text())
     coco["images"] = coco["images"][:1]
     (tmp_path / "one.json").write_text(json.dumps(coco))
