@@ -3,8 +3,8 @@
     python -m e2e_utils.prepare --image_dir scenes --coco labels.json \
         --output_dir tiles --slice_size 512 --overlap_ratio 0.25
 
-Copy: this file, tiling.py, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py and
-files.py.
+Copy: this file, tiling.py, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py,
+files.py, images.py and stretch.py.
 """
 
 import random
