@@ -10,11 +10,44 @@ import json
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 # What may differ when a run goes on: it changes where and how, and no number
 FREE = {"output_dir", "data_path", "workers", "cache", "device", "save_steps"}
 FREE |= {"amp"}  # the precision that it led to is compared, see hardware.py
+# What notebook 3 trains with unless it is told otherwise: fields of TrainConfig.
+RECIPES: dict[str, dict] = {
+    # the drawn scenes, in minutes on two cores; tried out in benchmarks/learn.py
+    "sample": {
+        "model": "fasterrcnn_lite0_fpn",
+        "weights_backbone": "DEFAULT",
+        "steps": 750,
+        "eval_steps": 250,
+        "lr": 1e-3,
+        "cache": True,
+    },
+    # xView on a GPU: the schedule of torchvision's references for COCO, and tiles that
+    # enter at their own size, with anchors from 16 px and as many boxes as they hold
+    "xview": {
+        "model": "fasterrcnn_resnet50_fpn",
+        "weights": "DEFAULT",
+        "settings": {
+            "min_size": 300,
+            "max_size": 300,
+            "anchor_sizes": [[16], [32], [64], [128], [256]],
+            "box_detections_per_img": 300,
+        },
+        "epochs": 26,
+        "batch_size": 8,
+        "optimizer": "sgd",
+        "lr": 0.02,
+        "weight_decay": 1e-4,
+        "lr_scheduler": "multistep",
+        "workers": 8,
+    },
+}
+_OF_MODEL = ("weights", "weights_backbone", "settings")
 
 
 @dataclass
@@ -85,6 +118,31 @@ def whole(name: str, value: typing.Any) -> int:
     if not number or value % 1 != 0:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)
+
+
+def from_recipe(
+    recipe: str, data_path: str | Path, output_dir: str | Path, **changes: typing.Any
+) -> TrainConfig:
+    """The configuration of a recipe, with some of its fields changed.
+
+    Args:
+        recipe: a name of `RECIPES`.
+        data_path, output_dir: see `TrainConfig`.
+        **changes: fields of `TrainConfig`; "recipe" leaves one as the recipe has it.
+            With another model its weights and settings are those of TrainConfig.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    fields_of, given = RECIPES[recipe], {}
+    for name, value in changes.items():
+        if not isinstance(value, str) or value != "recipe":
+            given[name] = value
+    if given.get("model", fields_of["model"]) != fields_of["model"]:
+        fields_of = {k: v for k, v in fields_of.items() if k not in _OF_MODEL}
+    return TrainConfig(str(data_path), str(output_dir), **{**fields_of, **given})
 
 
 def check_same_run(saved: dict, wanted: TrainConfig) -> None:

@@ -3,9 +3,8 @@
 import json
 import shutil
 
-import cv2
-import numpy as np
 import pytest
+from own_data import write_scenes
 
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
@@ -18,35 +17,6 @@ from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.tiling import slice_coco
 from e2e_utils.train import fit
 from sample_data.noise import write_noise_tiles
-
-CLASSES = {
-    9: "ship",
-    1: "hut",
-    5: "crane",
-}  # neither from 0 nor without gaps nor sorted
-
-
-def write_scenes(folder, count=3, side=600, categories=CLASSES):
-    """PNG scenes with bright squares, and their COCO file with string ids."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    images, objects = [], []
-    for n in range(count):
-        pixels = rng.integers(20, 60, (side, side + 60, 3), dtype=np.uint8)
-        name = f"Straße {n} ü.png"
-        for category in list(categories) * 2:
-            x, y = (int(v) for v in rng.integers(0, side - 60, 2))
-            pixels[y : y + 40, x : x + 40] = 40 + 20 * category
-            row = {"id": f"a{len(objects)}", "image_id": f"img_{n}", "iscrowd": 0}
-            objects.append({**row, "category_id": category, "bbox": [x, y, 40, 40]})
-        cv2.imwrite(str(folder / name), pixels)
-        size = {"height": side, "width": side + 60}
-        images.append({"id": f"img_{n}", "file_name": name, **size})
-    listed = [{"id": i, "name": name} for i, name in categories.items()]
-    coco = {"images": images, "annotations": objects, "categories": listed}
-    path = folder.parent / "labels.json"
-    path.write_text(json.dumps(coco))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from e2e_utils.checkpoint import model_from_checkpoint
-from e2e_utils.config import TrainConfig, parse_args
+from e2e_utils.config import RECIPES, TrainConfig, from_recipe, parse_args
 from e2e_utils.data import CocoTiles
 from e2e_utils.experiment import train_config
+from e2e_utils.models import build_model
 from e2e_utils.optim import lr_factor, make_optimizer
 from e2e_utils.run import as_they_are
 from e2e_utils.tile_set import describe_split, read_tile_set
@@ -480,3 +481,26 @@ def test_two_processes_are_one_run(tiles, tmp_path):
     figures = {key: alone[key] for key in ("AP", "AP50", "AR_500")}
     shared = {key: meta["metrics"][key] for key in figures}
     assert shared == pytest.approx(figures, abs=1e-6)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_a_configuration_whose_model_can_be_built(recipe):
+    made = from_recipe(recipe, "tiles", "out", lr="recipe", batch_size=3)
+    assert (
+        dataclasses.asdict(made).items() >= {**RECIPES[recipe], "batch_size": 3}.items()
+    )
+    with torch.device("meta"):
+        build_model(made.model, 5, **made.settings)
+
+
+def test_a_recipe_with_another_model_leaves_weights_and_settings_to_it():
+    made = from_recipe("sample", "tiles", "out", model="fasterrcnn_small", steps=None)
+    assert (made.weights_backbone, made.steps) == (None, None)
+    assert made.lr == RECIPES["sample"]["lr"]
+    with pytest.raises(
+        ValueError, match="recipe must be one of sample, xview, got 'x'"
+    ):
+        from_recipe("x", "tiles", "out")

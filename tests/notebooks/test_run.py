@@ -22,7 +22,11 @@ RUN = {
     "01_install": {},
     "02_data_prep": {},
     "03_local_training": {"steps": 300, "eval_steps": 100},
-    "04_cluster_training": {"search_trials": 3, "search_batches": 24},
+    "04_cluster_training": {
+        "more_batches": 40,
+        "search_trials": 3,
+        "search_batches": 24,
+    },
     "05_kserve_deploy": {},
 }
 
@@ -55,8 +59,9 @@ def results_of(run: Path, stage: str) -> dict:
 def test_the_detector_learned(run):
     results = results_of(run, "training")
     assert results["step"] == 300
-    # 300 of the default's 640 steps; guessing stays below 0.01
-    assert results["AP50"] > 0.12
+    # 300 of the default's 750 steps; guessing stays below 0.01, and the detector from
+    # random weights reaches 0.15 by then
+    assert results["AP50"] > 0.5
 
 
 def test_its_average_precision_in_bf16_is_that_in_fp32(run):
@@ -68,15 +73,15 @@ def test_its_average_precision_in_bf16_is_that_in_fp32(run):
         evaluate_split(detector, tiles, cpu, dtype)[0]["AP"]
         for dtype in (None, torch.bfloat16)
     )
-    assert full > 0.05
+    assert full > 0.2
     assert abs(full - lower) <= 0.005
 
 
 def test_its_scene_agrees_with_sahi_and_has_about_as_many_boxes_as_labels(run):
     results = results_of(run, "training")
     assert results["corner_boxes"] == results["sahi_corner_boxes"] > 0
-    # boxes above one threshold, after so short a training: a rough guard, no score
-    assert 0.1 < results["scene_boxes"] / results["scene_labelled"] < 2
+    assert results["scene_right"] > 0.4 * results["scene_labelled"]
+    assert results["scene_boxes"] < 2 * results["scene_labelled"]
 
 
 def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
@@ -85,6 +90,11 @@ def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
     assert results["largest_loss_difference_ray"] == 0
     assert results["converted_weights_equal"]
     assert 0 < results["batches_of_search"] <= 3 * 24
+
+
+def test_fine_tuning_helped_in_the_other_city(run):
+    results = results_of(run, "determined")
+    assert results["mAP_50"] > results["mAP_50_before"] + 0.01
 
 
 def test_every_server_gave_the_boxes_of_the_model(run):

@@ -1,0 +1,81 @@
+"""README's commands for other data, read from it and executed as they are printed.
+
+What is changed is where things are, and how long a training is. The notebooks have no
+label of our own data, no size and no class in them: three classes with the ids 1, 5 and
+9 on PNG scenes of strange names, cut into tiles of 512 px; and a folder shaped like
+xView, with the recipe for it.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import python
+from own_data import write_scenes
+
+from sample_data.dataset import draw_dataset
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.notebook
+
+SHORT = {
+    "03": {"steps": 6, "eval_steps": 6},
+    "04": {
+        "batches": 2,
+        "more_batches": 2,
+        "processes": 0,
+        "search_trials": 2,
+        "search_batches": 4,
+    },
+}
+# No network: no COCO weights
+SHORT_XVIEW = {"03": {"steps": 2, "eval_steps": 2, "workers": 0, "weights": None}}
+
+
+def commands(run_name: str) -> list[list[str]]:
+    """README's papermill commands that write to ../runs/<run_name>."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^papermill .*$", text, re.M)
+    return [shlex.split(line) for line in lines if f"../runs/{run_name}" in line]
+
+
+def execute(command: list[str], paths: dict[str, Path], changes: dict) -> None:
+    """A command of README, with its example paths replaced and parameters added."""
+    for example, path in paths.items():
+        command = [word.replace(example, str(path)) for word in command]
+    for name, value in changes.get(command[1][:2], {}).items():
+        command += ["-p", name, str(value)]
+    command += ["--no-progress-bar", "--kernel", "python3"]
+    python("-m", *command, cwd=ROOT / "notebooks", timeout=900)
+
+
+def test_all_notebooks_run_on_pngs_of_other_classes_by_parameters(tmp_path):
+    labels = write_scenes(tmp_path / "own" / "scenes")
+    paths = {
+        "/path/to/scenes": labels.parent / "scenes",
+        "/path/to/labels.json": labels,
+    }
+    printed = commands("own")
+    assert [command[1][:2] for command in printed] == ["02", "03", "04", "05"]
+    for command in printed:
+        changes = {"02": {"overlap_ratio": 0.25}, **SHORT}
+        execute(command, paths | {"../runs": tmp_path}, changes)
+    tiles = json.loads((tmp_path / "own" / "tiles" / "tiles.json").read_text())
+    assert (tiles["tile_size"], tiles["overlap"]) == (512, 0.25)
+    served = json.loads((tmp_path / "own" / "serving" / "results.json").read_text())
+    assert served["ways"] == 6 and served["max_box_difference_px"] <= 0.05
+
+
+def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
+    xview = draw_dataset(tmp_path / "of xView", scenes=2)
+    printed = commands("xview")
+    assert [command[1][:2] for command in printed] == ["02", "03"]
+    for command in printed:
+        paths = {"/path/to/xview": xview, "../runs": tmp_path}
+        execute(command, paths, SHORT_XVIEW)
+    results = json.loads((tmp_path / "xview" / "training" / "results.json").read_text())
+    assert (
+        results["step"] == 2 and results["corner_boxes"] == results["sahi_corner_boxes"]
+    )
