@@ -18,7 +18,7 @@ from serving import NAMES, ROOT, checkpoint, decode, jpeg
 from torchvision.ops import poolers
 
 from e2e_utils.checkpoint import model_from_checkpoint
-from e2e_utils.models import build_model
+from e2e_utils.models import build_model, resolved_settings
 from e2e_utils.predict import predict_image, predict_scene
 from e2e_utils.tile_set import describe_split
 from kserve_utils import artefact as artefacts
@@ -593,19 +593,23 @@ def architecture(name: str) -> dict:
     """
     torch.manual_seed(0)
     settings = {} if name.startswith("ssd") else {"min_size": 160, "max_size": 200}
-    model = build_model(name, 5, **settings)
+    pretrained = {"weights_backbone": "DEFAULT"} if "lite0" in name else {}
+    model = build_model(name, 5, **pretrained, **settings)
+    if pretrained:  # what they change
+        settings = resolved_settings(name, **pretrained, **settings)
     if name.startswith("ssdlite"):  # keep a signal alive through its random layers
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         model.backbone(torch.rand(4, 3, 320, 320))
     content = {"model": model.state_dict(), "architecture": name}
-    settings["score_thresh"] = 0.0
+    settings["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
     tiles = {"tile_size": 160, "overlap": 0.2}
     return {**content, **tiles, "settings": settings, "class_names": NAMES[:5]}
 
 
 FAMILIES = (
+    "fasterrcnn_lite0_fpn",
     "fcos_resnet50_fpn",
     "retinanet_resnet50_fpn_v2",
     "ssdlite320_mobilenet_v3_large",
