@@ -166,9 +166,10 @@ def prepare_tiles(
         val_coco: COCO file of the validation scenes, with the same categories.
         slice_size, overlap_ratio, min_area_ratio, negative_ratio: see `slice_coco`.
         train_split_rate, seed: of the split; the seed also of `negative_ratio`.
-        bands, stretch: see `slice_coco`.
-        percentile: of scenes of more than 8 bits, in place of `stretch`: it is measured
-            on the training scenes by `measure_stretch`, 2 is usual.
+        bands: of red, green and blue in TIFFs, from 1, see `slice_coco`.
+        stretch: of scenes of more than 8 bits, or its file, see `slice_coco`.
+        percentile: in place of `stretch`, which is measured on the training scenes by
+            `measure_stretch`; 2 is usual.
         pixel_size: side of a pixel on the ground in metres, if it is known.
 
     Returns:
