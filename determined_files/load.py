@@ -21,7 +21,8 @@ from e2e_utils.checkpoint import (
 )
 
 _OF_DETECTOR = ("architecture", "settings", "class_names", "category_ids")
-DESCRIPTION = (*_OF_DETECTOR, "tile_size", "overlap", "precision", "step", "metrics")
+_OF_TILES = ("tile_size", "overlap", "stretch")
+DESCRIPTION = (*_OF_DETECTOR, *_OF_TILES, "precision", "step", "metrics")
 
 
 def read_trial_checkpoint(path: str | Path) -> dict:
@@ -32,9 +33,9 @@ def read_trial_checkpoint(path: str | Path) -> dict:
     Returns:
         "model" (state dict, without DDP's prefix; the average of the weights where the
         trial made one), "architecture", "settings", "class_names", "category_ids",
-        "tile_size", "overlap", "precision", "step" and "metrics" (of the last
-        validation; by the names of `e2e_utils.evaluate.METRICS`, or of `coco_metrics`
-        if core_api.py wrote it).
+        "tile_size", "overlap", "stretch", "precision", "step" and "metrics" (of the
+        last validation; by the names of `e2e_utils.evaluate.METRICS`, or of
+        `coco_metrics` if core_api.py wrote it).
 
     Raises:
         FileNotFoundError: neither state_dict.pth nor last.pt in the folder.
@@ -42,7 +43,7 @@ def read_trial_checkpoint(path: str | Path) -> dict:
     """
     of_trial, of_core_api = Path(path) / "state_dict.pth", Path(path) / "last.pt"
     if of_core_api.is_file():
-        content = read_checkpoint(of_core_api)
+        content = {"stretch": None, **read_checkpoint(of_core_api)}
         return {key: content[key] for key in ("model", *DESCRIPTION)}
     if not of_trial.is_file():
         raise FileNotFoundError(
@@ -57,7 +58,7 @@ def read_trial_checkpoint(path: str | Path) -> dict:
     weights = content["callbacks"].get("e2e", {}).get("average")
     if weights is None:
         weights = content["models_state_dict"][0]
-    return {"model": bare_weights(weights), **content["e2e"]}
+    return {"model": bare_weights(weights), "stretch": None, **content["e2e"]}
 
 
 def load_trial_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:

@@ -39,7 +39,7 @@ def describe(config: TrainConfig, tiles: dict) -> dict:
         "architecture", "settings" (all of them, with the values they have, so that a
         default that changes later does not change this detector), "class_names" (index
         = label, the background first), "category_ids" (COCO id of label 1, 2, ...),
-        "tile_size" and "overlap".
+        "tile_size", "overlap" and "stretch" (`Stretch.to_dict` of the scenes, or None).
     """
     return {
         "architecture": config.model,
@@ -120,7 +120,7 @@ def model_from_checkpoint(
     Returns:
         (model, meta): meta is the checkpoint without its weights and optimizer state:
         architecture, settings, class_names (index = label), category_ids, tile_size,
-        overlap, and what else the checkpoint says.
+        overlap, stretch, and what else the checkpoint says.
 
     Raises:
         ValueError: not such a checkpoint; the message names the file and what lacks.

@@ -18,7 +18,7 @@ other labels a COCO file of scenes (`coco.write_coco`) is all that later stages 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ from .coco import Category, Coco, Image, count_defects, to_annotations, write_co
 from .files import write_file
 from .images import PNG_END
 from .scenes import FailedScenes, open_scene, read_size
-from .stretch import Stretch, percentile_stretch
+from .stretch import Stretch, as_stretch, percentile_stretch
 from .xview_labels import Labels, read_labels, split_scenes
 
 
@@ -133,7 +133,7 @@ def tif_to_rgb(
         bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         write_file(png, [cv2.imencode(".png", bgr)[1].data])
         if stretch:
-            write_file(record, [json.dumps(asdict(stretch)).encode()])
+            write_file(record, [json.dumps(stretch.to_dict()).encode()])
         return True
 
     # decoding and encoding leave Python's lock; each thread holds one scene
@@ -150,9 +150,7 @@ def _to_rgb(
     """Pixels, and the record of how they were made if a choice was made."""
     with open_scene(tif, bands=bands) as scene:
         if scene.dtype == "uint8" or percentile is None or scene.bands is None:
-            pixels = scene.read()
-            ends = (0.0,) * 3, (255.0,) * 3
-            return pixels, Stretch(tuple(bands), *ends) if bands else None
+            return scene.read(), as_stretch(None, bands)
         stored = scene.stored()
         try:
             stretch = percentile_stretch(stored, percentile, scene.bands, scene.nodata)

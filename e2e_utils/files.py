@@ -9,6 +9,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 
@@ -65,6 +66,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file that memory holds, in hexadecimal."""
+    return sha256(Path(path).read_bytes()).hexdigest()
+
+
+def relative_path(path: str | Path, folder: str | Path) -> str:
+    """A path as seen from a folder: the two may move, or be copied, together."""
+    path = Path(path).resolve()
+    try:
+        return Path(os.path.relpath(path, Path(folder).resolve())).as_posix()
+    except ValueError:  # on another drive
+        return path.as_posix()
 
 
 def write_file(path: str | Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -115,7 +115,7 @@ def predict_scene(
     progress: bool = False,
     class_names: Sequence[str] | None = None,
     amp_dtype: torch.dtype | None = None,
-    stretch: Stretch | str | Path | None = None,
+    stretch: Stretch | dict | str | Path | None = None,
 ) -> dict:
     """Detections on a whole scene by sliced inference.
 
@@ -135,8 +135,9 @@ def predict_scene(
         progress: show a bar.
         class_names: index = label, the background first.
         amp_dtype: torch.bfloat16 or float16 for autocast, None for the model's own.
-        stretch: of a TIFF of more than 8 bits, or of other bands, the record that
-            `convert.tif_to_rgb` wrote; the model must have learned from such pictures.
+        stretch: of a TIFF of more than 8 bits, or of other bands, the "stretch" of the
+            checkpoint, or a record that `convert.tif_to_rgb` wrote; the model must have
+            learned from such pictures. What has 8 bits by now is as it is.
 
     Returns:
         As `predict_image`, in pixels of the scene, with "georeference": of
@@ -250,7 +251,8 @@ def predict_files(
         overlap: of the tiles, 0..1; the checkpoint's by default.
         batch_size: tiles a forward pass.
         device: "cpu", "cuda" or "cuda:1"; a GPU if there is one by default.
-        stretch: for TIFFs of more than 8 bits, see `predict_scene`.
+        stretch: file of a record for TIFFs of more than 8 bits, see `predict_scene`;
+            the checkpoint's by default.
 
     Returns:
         Predictions; print it.
@@ -276,7 +278,7 @@ def predict_files(
     options |= {
         "class_names": meta["class_names"],
         "progress": True,
-        "stretch": stretch,
+        "stretch": meta.get("stretch") if stretch is None else stretch,
     }
     done = Predictions({})
     for name, path in tqdm(

@@ -7,13 +7,21 @@ Copy: this file, tiling.py, grid.py, coco.py, tile_set.py, tile_files.py, scenes
 files.py, images.py and stretch.py.
 """
 
+import math
 import random
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from .coco import Coco, read_coco, write_coco
-from .scenes import FailedScenes
+from .scenes import STRIP_PIXELS, FailedScenes, open_scene
+from .stretch import Stretch, as_stretch, is_alike, percentile_stretch
 from .tiling import TilingReport, slice_coco
+
+_SAMPLE = 1 << 22  # pixels of all scenes that a stretch is measured on
 
 
 def split_coco(
@@ -79,6 +87,55 @@ def _check_pair(train: Path, val: Path) -> None:
         )
 
 
+def measure_stretch(
+    scenes: Sequence[str | Path],
+    percentile: float,
+    bands: tuple[int, int, int] | None = None,
+) -> Stretch:
+    """One stretch for a data set of scenes of more than 8 bits, read by windows.
+
+    Args:
+        scenes: TIFFs; about four million pixels of them count, evenly over their grids.
+        percentile: p; of each band the percentile p becomes 0, and 100 - p becomes 255;
+            0 <= p < 50, 2 is usual. Nodata and what is not finite does not count.
+        bands: of red, green and blue, from 1; left out, see `scenes.open_scene`.
+
+    Raises:
+        FileNotFoundError: a scene is missing.
+        ValueError: a scene is of 8 bits, cannot be read, or differs from the first in
+            its bands or kind of numbers; no scene; or see `percentile_stretch`.
+    """
+    if not 0 <= percentile < 50:
+        raise ValueError(f"percentile is {percentile}; give 0 <= percentile < 50")
+    if not scenes:
+        raise ValueError("no scene to measure a stretch on")
+    values, first = [], None
+    for path in scenes:
+        with open_scene(path, bands=bands) as scene:
+            if scene.bands is None or "complex" in scene.dtype:
+                scene.check()  # says what to do
+            if scene.dtype == "uint8":
+                raise ValueError(f"{path}: has 8 bits, which need no percentile")
+            first = first or scene
+            if scene.bands != first.bands or not is_alike(scene.dtype, first.dtype):
+                raise ValueError(
+                    f"{path}: bands {scene.bands} of {scene.dtype}, but {first.name} "
+                    f"has {first.bands} of {first.dtype}: one stretch cannot do both"
+                )
+            pixels = scene.height * scene.width
+            step = math.ceil(math.sqrt(pixels * len(scenes) / _SAMPLE))
+            rows = step * max(1, STRIP_PIXELS // scene.width // step)
+            for top in range(0, scene.height, rows):
+                strip = scene.stored(0, top, scene.width, top + rows)[::step, ::step]
+                part = strip.astype(np.result_type(strip, np.float32)).reshape(-1, 1, 3)
+                if scene.nodata is not None:
+                    part[strip.reshape(-1, 1, 3) == scene.nodata] = np.nan
+                values.append(part)
+    assert first is not None and first.bands is not None
+    found = percentile_stretch(np.concatenate(values), percentile, first.bands)
+    return replace(found, dtype=first.dtype)
+
+
 def prepare_tiles(
     image_dir: str | Path,
     coco: str | Path,
@@ -91,6 +148,9 @@ def prepare_tiles(
     negative_ratio: float = 0.0,
     train_split_rate: float = 0.75,
     seed: int = 0,
+    bands: tuple[int, int, int] | None = None,
+    stretch: Stretch | str | Path | None = None,
+    percentile: float | None = None,
     pixel_size: float | None = None,
 ) -> dict[str, TilingReport]:
     """Tiles to train on and to validate, and the description of both.
@@ -106,14 +166,18 @@ def prepare_tiles(
         val_coco: COCO file of the validation scenes, with the same categories.
         slice_size, overlap_ratio, min_area_ratio, negative_ratio: see `slice_coco`.
         train_split_rate, seed: of the split; the seed also of `negative_ratio`.
+        bands: of red, green and blue in TIFFs, from 1, see `slice_coco`.
+        stretch: of scenes of more than 8 bits, or its file, see `slice_coco`.
+        percentile: in place of `stretch`, which is measured on the training scenes by
+            `measure_stretch`; 2 is usual.
         pixel_size: side of a pixel on the ground in metres, if it is known.
 
     Returns:
         {"train": TilingReport, "val": TilingReport}; print them.
 
     Raises:
-        ValueError: as `slice_coco` and `split_coco`; a scene is in both COCO files, a
-            category in one alone; or no tile is left of a split.
+        ValueError: as `slice_coco`, `split_coco` and `measure_stretch`; a scene is in
+            both COCO files, a category in one alone; or no tile is left of a split.
         FailedScenes: see `slice_coco`; both splits are done but for these scenes.
     """
     out = Path(output_dir)
@@ -122,6 +186,13 @@ def prepare_tiles(
     else:
         files = Path(coco), Path(val_coco)
         _check_pair(*files)
+    record = as_stretch(stretch, bands if percentile is None else None)
+    if percentile is not None:
+        if record:
+            raise ValueError(f"percentile {percentile} beside a stretch: give one")
+        images = read_coco(files[0], strict=False).images
+        paths = [Path(image_dir, image.file_name) for image in images]
+        record = measure_stretch(paths, percentile, bands)
     reports, failure = {}, None
     for split, file in zip(("train", "val"), files, strict=True):
         try:
@@ -136,6 +207,7 @@ def prepare_tiles(
                 ignore_negative_samples=split == "train",
                 negative_ratio=negative_ratio,
                 seed=seed,
+                stretch=record,
                 pixel_size=pixel_size,
             )
         except FailedScenes as error:

@@ -9,7 +9,7 @@ One rule for every reader, be it of scenes, of tiles or of the server:
 - A file that its orientation tag turns is refused.
 - Of several pages of a TIFF the largest is the scene. Parts that a sparse TIFF lacks
   are 0 or its nodata value; a truncated or corrupt file is refused.
-- More than 8 bits are refused unless a `Stretch` says what becomes 0 and 255.
+- More than 8 bits need a `Stretch` that says what becomes 0 and 255; 8 bits stay.
 - Nothing but the file itself is opened: no sidecar files, no VRT, and for a file of
   this machine nothing over the network, whatever the environment says.
 
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .images import ORIENTATION, check_upright, open_image
-from .stretch import Stretch, read_stretch, rgb_bands
+from .stretch import Stretch, as_stretch, choose
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 STRIP_PIXELS = 1 << 24  # that `Scene.tiles` reads at a time
@@ -70,8 +70,8 @@ class Scene:
             raise ValueError(f"{found}: choose three by bands=(3, 2, 1)")
         if "complex" in self.dtype or self.dtype != "uint8" and not self.stretch:
             raise ValueError(
-                f"{found} where uint8 is needed: convert.tif_to_rgb makes it of a TIFF "
-                "with a percentile, and records the stretch that prediction takes"
+                f"{found} where uint8 is needed, and no stretch says what becomes 0 "
+                "and 255: prepare_tiles and convert.tif_to_rgb record one (percentile)"
             )
 
     def stored(
@@ -112,7 +112,7 @@ def open_scene(
     source: str | Path | bytes | np.ndarray,
     *,
     bands: Sequence[int] | None = None,
-    stretch: Stretch | str | Path | None = None,
+    stretch: Stretch | dict | str | Path | None = None,
 ) -> Iterator[Scene]:
     """Open a scene; its pixels are decoded when they are read.
 
@@ -123,7 +123,7 @@ def open_scene(
             URL the orientation tag is not looked at, and the first page is the scene.
         bands: of red, green and blue in a TIFF, from 1. Left out, those that the file
             calls so, else the first three of three or four.
-        stretch: a record of how more than 8 bits become 8, or its path. It has bands.
+        stretch: a record of how more than 8 bits become 8, its path, or its dict.
 
     Yields:
         Scene, for this thread alone.
@@ -133,9 +133,7 @@ def open_scene(
         ValueError: none of these, or refused by a rule above; the message names the
             file and what it holds.
     """
-    if isinstance(stretch, (str, Path)):
-        stretch = read_stretch(stretch)
-    chosen = stretch.bands if stretch else bands
+    chosen = as_stretch(stretch) or bands
     with ExitStack() as stack:
         name = "the picture" if isinstance(source, (bytes, np.ndarray)) else str(source)
         with _named(name):
@@ -147,11 +145,11 @@ def open_scene(
                 scene = _open_raster(path, name, chosen, stack, _GDAL)
             elif is_tiff(source):
                 scene = _open_tiff(source, name, chosen, stack)
-            elif chosen:
-                raise ValueError("bands and a stretch are taken for a TIFF alone")
+            elif bands:
+                raise ValueError("bands are chosen of a TIFF alone")
             else:
                 scene = _open_other(source, name)
-        yield replace(scene, stretch=stretch)
+        yield scene
 
 
 def read_rgb(source: str | Path | bytes, **options: Any) -> np.ndarray:
@@ -226,7 +224,7 @@ def _largest_page(tiff: Any) -> tuple[int, Any]:
     return max(pages, key=lambda row: row[1].imagewidth * row[1].imagelength)
 
 
-def _open_tiff(source: Any, name: str, bands: Any, stack: ExitStack) -> Scene:
+def _open_tiff(source: Any, name: str, choice: Any, stack: ExitStack) -> Scene:
     """A TIFF of this machine."""
     import rasterio
     import tifffile
@@ -248,7 +246,7 @@ def _open_tiff(source: Any, name: str, bands: Any, stack: ExitStack) -> Scene:
     else:
         path = str(Path(source).absolute())
     path = f"GTIFF_DIR:{number}:{path}" if number > 1 else path
-    scene = _open_raster(path, name, bands, stack, _LOCAL)
+    scene = _open_raster(path, name, choice, stack, _LOCAL)
     if not plain or scene.bands != (1, 2, 3):
         return scene
 
@@ -263,7 +261,7 @@ def _open_tiff(source: Any, name: str, bands: Any, stack: ExitStack) -> Scene:
 
 
 def _open_raster(
-    path: str, name: str, bands: Any, stack: ExitStack, options: dict[str, Any]
+    path: str, name: str, choice: Any, stack: ExitStack, options: dict[str, Any]
 ) -> Scene:
     """A TIFF as GDAL reads it, by no other driver; the options hold until it closes."""
     import rasterio
@@ -274,15 +272,16 @@ def _open_raster(
     stack.enter_context(rasterio.Env(**options))
     data = stack.enter_context(rasterio.open(path, driver="GTiff"))
     colours = tuple(colour.name for colour in data.colorinterp)
-    chosen, dtype = rgb_bands(colours, bands), data.dtypes[0]
-    palette = None
-    if chosen == (1, 1, 1) and colours[0] == "palette":
+    dtype, palette = data.dtypes[0], None
+    if bits := data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):
+        dtype = f"uint{bits}"  # of 8 or 16, and not scaled up
+    indexed = colours[0] == "palette"  # its colours have 8 bits
+    chosen, stretch = choose("uint8" if indexed else dtype, colours, choice)
+    if chosen == (1, 1, 1) and indexed:
         table = data.colormap(1)
         palette, dtype = np.zeros((max(table) + 1, 3), np.uint8), "uint8"
         for value, colour in table.items():
             palette[value] = colour[:3]
-    elif bits := data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):
-        dtype = f"uint{bits}"  # of 8 or 16, and not scaled up
 
     def window(x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
         part = (y1, y2), (x1, x2)
@@ -305,6 +304,7 @@ def _open_raster(
         held=rows * max(columns, data.width) * bytes_a_pixel,
         colours=colours,
         bands=chosen,
+        stretch=stretch,
         nodata=data.nodata,
         crs=data.crs,
         transform=None if data.transform.is_identity else data.transform,

@@ -7,7 +7,6 @@ Copy: this file, coco.py, scenes.py, images.py, stretch.py and files.py.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +16,7 @@ from tqdm.contrib.concurrent import thread_map
 from .coco import Image
 from .files import write_file
 from .scenes import open_scene
+from .stretch import Stretch
 
 QUALITY = 75  # of a JPEG; with 4:2:0 it gives the bytes of Pillow's save
 Tiles = dict[str, list[int]]  # file name: x1, y1, x2, y2 in scene pixels
@@ -56,7 +56,7 @@ def write_tiles(
     tile_dir: Path,
     jobs: list[tuple[Image, Tiles]],
     title: str,
-    bands: Sequence[int] | None = None,
+    stretch: Stretch | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Cut scenes into JPEG files; a scene whose tiles are all there is not read.
 
@@ -65,7 +65,7 @@ def write_tiles(
         tile_dir: folder of the tiles, after `start_manifest`.
         jobs: scenes as the COCO file lists them, and the tiles of each.
         title: of the progress bar.
-        bands: see `scenes.open_scene`.
+        stretch: see `scenes.open_scene`.
 
     Returns:
         How many scenes had their tiles already, and what is wrong with those that are
@@ -81,7 +81,7 @@ def write_tiles(
         if tiles and all(_is_whole(tile_dir / name) for name in tiles):
             return False
         try:
-            _cut(image_dir / image.file_name, image, tiles, tile_dir, bands)
+            _cut(image_dir / image.file_name, image, tiles, tile_dir, stretch)
         except (ValueError, FileNotFoundError) as error:
             failed[image.file_name] = str(error)
             for name in tiles:
@@ -103,10 +103,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _cut(
-    path: Path, image: Image, tiles: Tiles, tile_dir: Path, bands: Sequence[int] | None
+    path: Path, image: Image, tiles: Tiles, tile_dir: Path, stretch: Stretch | None
 ) -> None:
     bgr = None
-    with open_scene(path, bands=bands) as scene:
+    with open_scene(path, stretch=stretch) as scene:
         if (scene.height, scene.width) != (image.height, image.width):
             raise ValueError(
                 f"{path}: {scene.width} x {scene.height} pixels, but the COCO file "

@@ -1,22 +1,22 @@
 """What a folder of tiles holds: its description, `tiles.json`, and who reads it.
 
-Copy: this file, coco.py and files.py.
+Copy: this file, coco.py, stretch.py and files.py.
 
 Whoever makes tiles writes the description last, so tiles that have one are whole.
 Everything after it takes tile size, overlap, file names, classes and the place of the
-scenes from there. A folder has one tile size, one overlap and one list of classes.
+scenes from there. A folder has one tile size, overlap, list of classes and stretch.
 """
 
 from __future__ import annotations
 
 import os
-from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
 from .coco import Category
-from .files import write_file
+from .files import digest, relative_path, write_file
+from .stretch import Stretch, as_stretch
 
 FORMAT = 1  # of tiles.json; a number more where an older reader would misread it
 NAME = "tiles.json"
@@ -47,6 +47,7 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
     classes: list[Category]  # by ascending id: labels 1, 2, ...
     splits: dict[str, Split]
     pixel_size: float | None = None  # side of a pixel on the ground, in metres
+    stretch: Stretch | None = None  # that made tiles of the scenes
     folder: str = ""  # where the description lies; not in the file
 
     @property
@@ -90,7 +91,7 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise FileNotFoundError(
                     f"{path} is not there; by {self._path}, {name} was cut from it"
                 )
-        if _digest(found[1]) != one.scenes_sha256:
+        if digest(found[1]) != one.scenes_sha256:
             raise ValueError(
                 f"{found[1]} is not the file that {name} of {self._path} was cut from: "
                 f"it was changed; {_AGAIN}"
@@ -104,6 +105,7 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
             "category_ids": self.category_ids,
             "tile_size": self.tile_size,
             "overlap": self.overlap,
+            "stretch": self.stretch and self.stretch.to_dict(),
         }
 
     @property
@@ -155,7 +157,7 @@ def _check_split(path: Path, name: str, split: Split) -> None:
     for file, is_there in ((images, images.is_dir()), (coco, coco.is_file())):
         if not is_there:
             raise FileNotFoundError(f"{file} is missing, {path} lists it for {name}")
-    if _digest(coco) != split.sha256:
+    if digest(coco) != split.sha256:
         raise ValueError(
             f"{coco} is not the file that {path} describes: it was changed, or is of "
             f"another run; {_AGAIN}, or describe it with tile_set.describe_split"
@@ -193,23 +195,20 @@ def _write(tiles: TileSet) -> None:
     write_file(tiles._path, [msgspec.json.format(content, indent=2), b"\n"])
 
 
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
 def start_split(
     folder: str | Path,
     name: str,
     tile_size: int,
     overlap: float,
     categories: list[Category],
+    stretch: Stretch | None = None,
 ) -> TileSet:
     """The description of a folder without a split that is about to be made anew.
 
     It is out of the file until `describe_split` says that it is whole.
 
     Raises:
-        ValueError: the folder has tiles of another size, overlap, or classes.
+        ValueError: the folder has tiles of another size, overlap, stretch or classes.
     """
     path = Path(folder, NAME)
     ordered = sorted(categories, key=lambda one: one.id)
@@ -220,6 +219,7 @@ def start_split(
         overlap=float(overlap),
         classes=classes,
         splits={},
+        stretch=stretch,
         folder=str(folder),
     )
     if not path.exists():
@@ -235,12 +235,18 @@ def start_split(
     if not there.splits:
         path.unlink()
         return new
+    others = f"{', '.join(there.splits)} of {folder}"
+    if there.stretch != stretch:
+        raise ValueError(
+            f"{name} has the stretch {stretch} and {others} {there.stretch}: remove "
+            "the folder, or choose another"
+        )
     if there.classes != classes:
         before, now = ({c.id: c.name for c in t.classes} for t in (there, new))
         one = min(i for i in {*before, *now} if before.get(i) != now.get(i))
         raise ValueError(
             f"category {one} is {now.get(one)!r} in {name} and {before.get(one)!r} in "
-            f"{', '.join(there.splits)} of {folder}: all splits need the same ones"
+            f"{others}: all splits need the same ones"
         )
     _write(there)
     return there
@@ -263,6 +269,7 @@ def describe_split(
     manifest: str | Path | None = None,
     scenes: tuple[str | Path, str | Path] | None = None,
     settings: dict | None = None,
+    stretch: Stretch | str | Path | None = None,
 ) -> TileSet:
     """Say in the description of a folder that a split is there, whole.
 
@@ -280,6 +287,7 @@ def describe_split(
         manifest: see `slice_coco`.
         scenes: (folder of the scenes, their COCO file), if they are there.
         settings: what else decided which tiles there are.
+        stretch: that made the tiles of scenes, or its path; see `slice_coco`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -290,31 +298,22 @@ def describe_split(
         listed = msgspec.json.decode(coco.read_bytes(), type=_Listed)
     except msgspec.DecodeError as error:
         raise ValueError(f"{coco}: not a COCO file: {error}") from error
-    tiles = start_split(folder, name, tile_size, overlap, listed.categories)
-    of_scenes = scenes or (None, None)
+    record, classes = as_stretch(stretch), listed.categories
+    tiles = start_split(folder, name, tile_size, overlap, classes, record)
+    there = manifest, *(scenes or (None, None))
+    paths = [path and relative_path(path, folder) for path in there]
     tiles.splits[name] = Split(
-        images=str(_relative(images, folder)),
-        coco=str(_relative(coco, folder)),
-        sha256=_digest(coco),
+        images=relative_path(images, folder),
+        coco=relative_path(coco, folder),
+        sha256=digest(coco),
         tiles=len(listed.images),
-        manifest=_relative(manifest, folder),
-        scenes=_relative(of_scenes[0], folder),
-        scenes_coco=_relative(of_scenes[1], folder),
-        scenes_sha256=scenes and _digest(Path(scenes[1])),
+        manifest=paths[0],
+        scenes=paths[1],
+        scenes_coco=paths[2],
+        scenes_sha256=scenes and digest(Path(scenes[1])),
         settings=settings or {},
     )
     tiles.pixel_size = pixel_size if pixel_size is not None else tiles.pixel_size
     _check_split(tiles._path, name, tiles.splits[name])
     _write(tiles)
     return tiles
-
-
-def _relative(path: str | Path | None, folder: Path) -> str | None:
-    """A path as seen from the folder: the two may move, or be copied, together."""
-    if path is None:
-        return None
-    path = Path(path).resolve()
-    try:
-        return Path(os.path.relpath(path, folder.resolve())).as_posix()
-    except ValueError:  # on another drive
-        return path.as_posix()

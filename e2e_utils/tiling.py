@@ -32,6 +32,7 @@ from .coco import (
 from .files import write_file
 from .grid import clip_to_tiles, tile_grid
 from .scenes import FailedScenes
+from .stretch import Stretch, as_stretch
 from .tile_files import Tiles, start_manifest, write_tiles
 from .tile_set import MANIFEST, describe_split, start_split
 
@@ -133,17 +134,15 @@ def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
         scene.keep = part
 
 
-def _make_manifest(
-    scenes: list[_Scene], image_dir: Path, bands: tuple[int, int, int] | None
-) -> dict:
+def _make_manifest(scenes: list[_Scene], images: Path, stretch: Stretch | None) -> dict:
     """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
     rows, tiles = [], []
     for scene in scenes:
         row, name = msgspec.to_builtins(scene.image), scene.image.file_name
-        if (image_dir / name).exists():
-            stat = (image_dir / name).stat()
+        if (images / name).exists():
+            stat = (images / name).stat()
             row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        rows.append(row | ({"bands": list(bands)} if bands else {}))
+        rows.append(row | ({"stretch": stretch.to_dict()} if stretch else {}))
         for tile, xyxy in scene.tiles().items():
             tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
     return {"scenes": rows, "tiles": tiles}
@@ -194,6 +193,7 @@ def slice_coco(
     negative_ratio: float = 0.0,
     seed: int = 0,
     bands: tuple[int, int, int] | None = None,
+    stretch: Stretch | str | Path | None = None,
     pixel_size: float | None = None,
 ) -> TilingReport:
     """Cut a COCO data set of scenes into a COCO data set of tiles.
@@ -202,7 +202,7 @@ def slice_coco(
     `train_300_02.json` (fields and order of SAHI's; segmentation is the clipped box),
     `train_images_300_02/{scene}_{index in images}_{x1}_{y1}_{x2}_{y2}.jpg`, and
     `train_300_02_manifest.json` (`scenes` with id, file_name, height, width, bytes,
-    mtime_ns, bands; `tiles` with file_name, scene and xyxy in scene pixels). At last it
+    mtime_ns, stretch; `tiles` with file_name, scene, xyxy in scene pixels). At last it
     adds the split to `tiles.json`, which tells all of it to whoever reads the folder,
     see `tile_set.read_tile_set`. Boxes are cut, polygons of the input are not read; a
     crowd (iscrowd 1) stays one. Run again, the work continues by the manifest: tiles of
@@ -222,7 +222,9 @@ def slice_coco(
             with boxes, chosen at random by `seed`; 0.5 keeps one for every two.
         seed: for `negative_ratio`.
         bands: of red, green and blue in TIFFs, from 1; (3, 2, 1) of blue, green, red,
-            infrared. Left out, see `scenes.open_scene`.
+            infrared. Left out, see `scenes.open_scene`. Noted in `tiles.json`.
+        stretch: of scenes of more than 8 bits, one for all, or its path, in place of
+            `bands`, see `prepare.measure_stretch`. Noted in `tiles.json`, too.
         pixel_size: side of a pixel on the ground in metres, if it is known; noted in
             `tiles.json`.
 
@@ -233,11 +235,12 @@ def slice_coco(
         FailedScenes: scenes were missing, truncated, of another kind or size. All
             others are written and listed; `error.report` is the report.
         ValueError: an argument is out of range, `coco_json` is not COCO, or
-            `output_dir` has tiles of another size, overlap or of other categories.
+            `output_dir` has tiles of another size, overlap, stretch or categories.
         OSError: the disk is full or not writable.
     """
     slice_size = _checked_size(slice_size, min_area_ratio, negative_ratio)
     coco_json, images, out = Path(coco_json), Path(image_dir), Path(output_dir)
+    record = as_stretch(stretch, bands)
     split = split or coco_json.stem
     tag = f"{slice_size}_{str(float(overlap_ratio)).replace('.', '')}"
     report = TilingReport(
@@ -247,7 +250,7 @@ def slice_coco(
     )
     coco = read_coco(coco_json, strict=False)
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
-    start_split(out, split, slice_size, overlap_ratio, coco.categories)
+    start_split(out, split, slice_size, overlap_ratio, coco.categories, record)
     coco.annotations.clear()
     _keep_negatives(scenes, negative_ratio if ignore_negative_samples else np.inf, seed)
     settings = {
@@ -255,17 +258,16 @@ def slice_coco(
         "ignore_negative_samples": ignore_negative_samples,
         "negative_ratio": negative_ratio,
         "seed": seed,
-        "bands": bands and list(bands),
     }
-    manifest = _make_manifest(scenes, images, bands)
+    manifest = _make_manifest(scenes, images, record)
     start_manifest(report.manifest, report.image_dir, manifest)
     jobs = [(scene.image, scene.tiles()) for scene in scenes]
-    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", bands)
+    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", record)
     report.resumed, report.failed = done
     scenes = [s for s in scenes if s.image.file_name not in report.failed]
     _save(scenes, coco, report)
     if report.failed:
-        manifest = _make_manifest(scenes, images, bands)
+        manifest = _make_manifest(scenes, images, record)
         write_file(report.manifest, [msgspec.json.encode(manifest)])
     describe_split(
         out,
@@ -278,6 +280,7 @@ def slice_coco(
         manifest=report.manifest,
         scenes=(images, coco_json),
         settings=settings,
+        stretch=record,
     )
     if report.failed:
         raise FailedScenes(report)

@@ -28,7 +28,7 @@ FILES = {
     "openvino": ("model.xml", "model.bin"),
     "onnxruntime": ("model.onnx",),
 }
-_TILES = ("class_names", "category_ids", "tile_size", "overlap")
+_TILES = ("class_names", "category_ids", "tile_size", "overlap", "stretch")
 DESCRIBES = ("architecture", "settings", *_TILES)
 _TELLS = (*DESCRIBES, "model_name", "score_threshold", "max_pixels", "engines", "files")
 

@@ -30,6 +30,7 @@ from e2e_utils.checkpoint import (
     save_checkpoint,
 )
 from e2e_utils.files import atomic_path, write_file
+from e2e_utils.stretch import Stretch, as_stretch
 
 from .engines import DESCRIBES, load_eager
 
@@ -51,6 +52,7 @@ def strip_checkpoint(
     tile_size: int | None = None,
     overlap: float | None = None,
     category_ids: list[int] | None = None,
+    stretch: Stretch | dict | str | Path | None = None,
 ) -> Path:
     """Keep the weights of a checkpoint and what describes them, nothing else.
 
@@ -60,11 +62,12 @@ def strip_checkpoint(
             state_dict. The prefixes "module." of DistributedDataParallel and
             "_orig_mod." of torch.compile are removed.
         new_ckpt_path: the file to write; it appears whole or not at all.
-        architecture, class_names, settings, tile_size, overlap, category_ids: what the
-            checkpoint does not say itself. `class_names` is indexed by label,
-            background first; `category_ids` are the COCO ids of labels 1, 2, ...
-            Given here, they win. Where neither says it there are no settings and no
-            ids; the others are needed.
+        architecture, class_names, settings, tile_size, overlap, category_ids, stretch:
+            what the checkpoint does not say itself. `class_names` is indexed by label,
+            background first; `category_ids` are the COCO ids of labels 1, 2, ...;
+            `stretch` is the record of the scenes, see `predict.predict_scene`. Given
+            here, they win. Where neither says it there are no settings, no ids and no
+            stretch; the others are needed.
 
     Returns:
         `new_ckpt_path`, which `checkpoint.model_from_checkpoint` reads.
@@ -80,8 +83,9 @@ def strip_checkpoint(
     checkpoint = _load(path)
     given: dict = {"architecture": architecture, "class_names": class_names}
     given |= {"settings": settings, "tile_size": tile_size, "overlap": overlap}
-    given |= {"category_ids": category_ids}
-    known: dict = {"settings": {}, "category_ids": None}
+    record = as_stretch(stretch)
+    given |= {"category_ids": category_ids, "stretch": record and record.to_dict()}
+    known: dict = {"settings": {}, "category_ids": None, "stretch": None}
     own = checkpoint.get("e2e", checkpoint)  # a trial of determined_files has "e2e"
     known |= {k: own[k] for k in DESCRIBES if k in own}
     known |= {k: v for k, v in given.items() if v is not None}

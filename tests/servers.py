@@ -300,10 +300,11 @@ class Double(torch.nn.Module):
         return [{**one, "scores": torch.ones(1)} for _ in images]
 
 
-def double_model(action=lambda: None, **limits) -> DetectorModel:
+def double_model(action=lambda: None, stretch=None, **limits) -> DetectorModel:
     """A predictor's model, ready, with a test double of a detector."""
     meta = {"tile_size": 300, "overlap": 0.2, "max_pixels": 1 << 24}
     meta |= {"score_threshold": 0.0, "class_names": ["background", "car"]}
+    meta["stretch"] = stretch
     model = DetectorModel(Double(action), meta, MODEL, Limits(**limits))
     model.ready = True
     return model

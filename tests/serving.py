@@ -34,6 +34,7 @@ def checkpoint() -> dict:
         "category_ids": list(range(len(NAMES) - 1)),
         "tile_size": 300,
         "overlap": 0.2,
+        "stretch": None,
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(100_000)}}},
         "scheduler": {"last_epoch": 7},
         "step": 7,

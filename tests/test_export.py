@@ -25,6 +25,7 @@ from ts.utils.util import PredictionException, list_classes_from_module
 
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.predict import predict_image
+from e2e_utils.stretch import Stretch
 from kserve_utils import export
 from kserve_utils.engines import DESCRIBES
 
@@ -401,6 +402,22 @@ def test_bad_input_is_a_400_with_a_reason(handler, instances, message):
         handler(instances)
     assert raised.value.error_code == 400
     assert message in raised.value.message
+
+
+def test_the_handler_takes_no_tiff_where_the_detector_learned_from_chosen_bands(
+    handler, stripped, tmp_path
+):
+    picture = Image.fromarray(decode(jpeg()))
+    plain, tiff = (instance(picture_file(picture, kind)) for kind in ("PNG", "TIFF"))
+    record = Stretch((3, 2, 1), (500.0,) * 3, (10700.0,) * 3, "uint16")
+    told = export.strip_checkpoint(stripped, tmp_path / "told.pth", stretch=record)
+    assert export.read_stripped(told)[1]["stretch"] == record.to_dict()
+    fresh = start_handler(export.write_mar(told, tmp_path), tmp_path / "unpacked")
+    assert fresh([plain]) == handler([plain])
+    with pytest.raises(PredictionException) as raised:
+        fresh([tiff])
+    assert raised.value.error_code == 400
+    assert "of a TIFF no bands are chosen here: send RGB" in raised.value.message
 
 
 def test_damaged_pictures_are_a_400_or_boxes_and_nothing_else(handler):

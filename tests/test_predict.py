@@ -172,13 +172,13 @@ def test_a_scene_of_16_bits_is_predicted_by_its_record_and_refused_without(tmp_p
     image = square_scene([(10, 10), (250, 40), (500, 250), (790, 670)])
     deep = image[..., ::-1].astype(np.uint16) * 10 + 300
     tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb", compression="zlib")
-    with pytest.raises(ValueError, match="a.tif: 3 band.* of uint16.*the stretch"):
-        predict_scene(BrightSquares(), tmp_path / "a.tif", size=200)
+    with pytest.raises(ValueError, match="a.tif: 3 band.* of uint16.*no stretch says"):
+        predict_scene(BrightSquares(), tmp_path / "a.tif", size=200, overlap=0.2)
     stretch = Stretch((3, 2, 1), (300.0,) * 3, (2850.0,) * 3)
     found = predict_scene(
-        BrightSquares(), tmp_path / "a.tif", size=200, stretch=stretch
+        BrightSquares(), tmp_path / "a.tif", size=200, overlap=0.2, stretch=stretch
     )
-    wanted = predict_scene(BrightSquares(), image, size=200)
+    wanted = predict_scene(BrightSquares(), image, size=200, overlap=0.2)
     np.testing.assert_array_equal(found["boxes_xyxy"], wanted["boxes_xyxy"])
 
 

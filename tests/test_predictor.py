@@ -737,6 +737,33 @@ def test_what_the_server_must_not_open_or_cannot_use_is_400(tmp_path, scene):
         assert str(tmp_path) not in answer.text and "/vsi" not in answer.text
 
 
+@pytest.mark.parametrize("scene", [False, True])
+def test_a_tiff_of_16_bits_is_taken_by_the_record_of_the_artefact_alone(
+    tmp_path, scene
+):
+    pixels = decode(TILE)
+    deep = np.dstack([pixels[..., ::-1], pixels[..., :1]]).astype(np.uint16) * 40 + 500
+    path, seen, size = tmp_path / "deep.tif", [], {"height": 300, "width": 300}
+    with rasterio.open(path, "w", "GTiff", count=4, dtype="uint16", **size) as file:
+        file.write(deep.transpose(2, 0, 1))
+    body = {**instance(path.read_bytes()), "parameters": {"scene": scene}}
+
+    def answer(record: dict | None):
+        model = double_model(stretch=record)
+        model.detector.register_forward_pre_hook(lambda _, given: seen.append(given))
+        return in_process(model, lambda client: client.post(URL, json=body))
+
+    ends = {"low": [500] * 3, "high": [500 + 40 * 255] * 3, "dtype": "uint16"}
+    assert answer({"bands": [3, 2, 1], **ends}).status_code == 200
+    (((one,),),) = seen
+    assert np.array_equal((one * 255).round().permute(1, 2, 0).numpy(), pixels)
+    for record in (None, {"bands": [3, 2, 1], **ends, "dtype": "float32"}):
+        refused = answer(record)
+        assert refused.status_code == 400 and "16" in refused.text
+        assert str(tmp_path) not in refused.text and "\\n" not in refused.text
+    assert len(seen) == 1
+
+
 def test_a_tile_has_the_pixels_of_the_torchserve_handler_and_a_tiff_is_one():
     pixels = decode(TILE)
     for kind in ("PNG", "TIFF"):

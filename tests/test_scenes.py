@@ -17,7 +17,7 @@ from ts.utils.util import PredictionException
 
 from e2e_utils.data import CocoTiles
 from e2e_utils.scenes import open_scene, read_rgb, read_size
-from e2e_utils.stretch import Stretch, read_stretch
+from e2e_utils.stretch import Stretch, as_stretch, read_stretch
 from kserve_utils.predictor.pictures import decode
 from kserve_utils.predictor.refusal import Refusal
 from kserve_utils.torchserve_utils.fasterrcnn_handler import FasterRCNNHandler
@@ -282,12 +282,36 @@ def test_a_record_stretches_by_windows_and_other_records_are_named(tmp_path):
         {**given, "low": [500] * 2},
         {**given, "low": [5000] * 3},
         {**given, "gamma": [1]},
+        {**given, "dtype": 16},
         {**given, "high": ["x"] * 3},
         [],
     ):
         record.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="a.json: no record of a stretch"):
             read_stretch(record)
+
+
+def test_a_record_is_for_its_kind_of_numbers_and_8_bits_stay_as_they_are(tmp_path):
+    four = np.dstack([PIXELS, PIXELS[..., 0]])
+    deep = four.astype(np.uint16) * 10 + 500
+    ends = {"bands": [3, 2, 1], "low": [500] * 3, "high": [3050] * 3}
+    paths = {v.dtype.name: v for v in (four, deep, deep.astype(np.float32))}
+    paths = {k: write(tmp_path / f"{k}.tif", v) for k, v in paths.items()}
+    for record in (ends, {**ends, "dtype": "uint16"}, {**ends, "dtype": "int32"}):
+        found = read_rgb(paths["uint16"], stretch=record)
+        assert np.array_equal(found, PIXELS[..., ::-1])
+        assert np.array_equal(read_rgb(paths["uint8"], stretch=record), PIXELS)
+    with pytest.raises(ValueError, match="float32.tif.* float32, .* is of uint16"):
+        read_rgb(paths["float32"], stretch={**ends, "dtype": "uint16"})
+    bands = as_stretch(None, (3, 2, 1))
+    assert np.array_equal(read_rgb(paths["uint8"], stretch=bands), PIXELS[..., ::-1])
+    with pytest.raises(ValueError, match="uint16 where uint8 is needed"):
+        read_rgb(paths["uint16"], stretch=bands)
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert np.array_equal(read_rgb(tmp_path / "a.png", stretch=ends), PIXELS)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep[..., :3])
+    with pytest.raises(ValueError, match="deep.png.*uint16 where uint8 is needed"):
+        read_rgb(tmp_path / "deep.png", stretch=ends)
 
 
 def test_what_is_not_finite_or_nodata_is_drawn_as_zero():

@@ -72,7 +72,7 @@ class DetectorModel(Model):
     Args:
         detector: of `kserve_utils.engines.load_engine`.
         meta: its description: "class_names", "tile_size", "overlap",
-            "score_threshold", "max_pixels".
+            "score_threshold", "max_pixels", "stretch".
         name: in the URLs.
         limits: of its requests.
         at_once: forward passes at the same time. On as many cores, several of one
@@ -90,6 +90,7 @@ class DetectorModel(Model):
     ) -> None:
         super().__init__(name)
         self.detector, self.meta = detector.eval(), meta
+        self.stretch = meta.get("stretch")
         self.admission, self.draining = Admission(limits), False
         self._passes = ThreadPoolExecutor(at_once, "forward")
         # one more, which decodes while the others wait for their passes
@@ -140,7 +141,7 @@ class DetectorModel(Model):
         most = self.meta["max_pixels"]
         for index, picture in enumerate(job.pictures):
             if isinstance(picture, bytes):
-                check_picture(picture, most, job.where(index))
+                check_picture(picture, most, job.where(index), self.stretch)
             else:
                 height, width, _ = picture.shape
                 check_size(height, width, most, job.where(index))
@@ -178,7 +179,8 @@ class DetectorModel(Model):
                 place, where = None, job.where(index)
                 if isinstance(picture, bytes):
                     content = picture
-                    picture = decode(content, self.meta["max_pixels"], where)
+                    most = self.meta["max_pixels"]
+                    picture = decode(content, most, where, self.stretch)
                     place = place_of(content, where) if job.geojson else None
                 found = predict_image(detector, picture, threshold, names)
                 found["georeference"] = place
@@ -193,7 +195,7 @@ class DetectorModel(Model):
     ) -> dict:
         if isinstance(scene, Path):
             limits = self.admission.limits
-            check_scene(scene, limits.scene_pixels, limits.scene // 3)
+            check_scene(scene, limits.scene_pixels, limits.scene // 3, self.stretch)
         else:
             check_sides(*scene.shape[:2])
         try:
@@ -204,6 +206,7 @@ class DetectorModel(Model):
                 self.meta["overlap"],
                 score_threshold=threshold,
                 class_names=self.meta["class_names"],
+                stretch=self.stretch,
             )
         except ValueError as error:
             if isinstance(scene, Path) and str(scene) in str(error):

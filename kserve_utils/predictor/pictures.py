@@ -24,25 +24,30 @@ MAX_SIDE = 100_000  # a scene of 1 x 2,000,000,000 px would be millions of tiles
 MAX_RATIO = 100
 
 
-def check_picture(content: bytes, max_pixels: int, where: str) -> None:
+def check_picture(
+    content: bytes, max_pixels: int, where: str, stretch: dict | None = None
+) -> None:
     """Read the header of a picture file, none of its pixels.
 
     Args:
         content: a JPEG, PNG or TIFF file.
         max_pixels: width x height that is still taken.
         where: what the reason begins with, such as "instance 0".
+        stretch: of detector.json, for TIFFs, see `predict.predict_scene`.
 
     Raises:
         Refusal: 400, not a picture, too large, too thin, turned by its orientation
-            tag, or not 8 bits a channel.
+            tag, or more than 8 bits a channel without a stretch for them.
     """
-    with _opened(content, max_pixels, where):
+    with _opened(content, max_pixels, where, stretch):
         pass
 
 
-def decode(content: bytes, max_pixels: int, where: str) -> np.ndarray:
+def decode(
+    content: bytes, max_pixels: int, where: str, stretch: dict | None = None
+) -> np.ndarray:
     """Pixels of a picture file, uint8 (H, W, 3), RGB; raises as `check_picture`."""
-    with _opened(content, max_pixels, where) as scene:
+    with _opened(content, max_pixels, where, stretch) as scene:
         try:
             return np.array(scene.read())
         except ValueError as error:
@@ -63,11 +68,13 @@ def check_size(height: int, width: int, max_pixels: int, where: str) -> None:
 
 
 @contextmanager
-def _opened(content: bytes, max_pixels: int, where: str) -> Iterator[Scene]:
+def _opened(
+    content: bytes, max_pixels: int, where: str, stretch: dict | None
+) -> Iterator[Scene]:
     try:
-        with open_scene(content) as scene:
+        with open_scene(content, stretch=stretch) as scene:
             check_size(scene.height, scene.width, max_pixels, where)
-            if scene.dtype != "uint8":
+            if scene.dtype != "uint8" and not scene.stretch:
                 bits = re.sub(r"\D", "", scene.dtype)
                 raise bad(f"{where}: {bits} bits a channel: send 8 bits a channel")
             scene.check()
@@ -87,7 +94,9 @@ def place_of(content: bytes, where: str) -> Georeference | None:
         raise bad(f"{where}: {_reason(error)}") from error
 
 
-def check_scene(path: Path, max_pixels: int, total: int) -> None:
+def check_scene(
+    path: Path, max_pixels: int, total: int, stretch: dict | None = None
+) -> None:
     """Read the header of a scene's file, none of its pixels.
 
     Args:
@@ -96,12 +105,13 @@ def check_scene(path: Path, max_pixels: int, total: int) -> None:
             a row of its tiles or a strip counts, and PNG and JPEG in full.
         total: pixels of any scene. Compressed or sparse, a small file can be millions
             of tiles.
+        stretch: as `check_picture`.
 
     Raises:
         Refusal: 400, not a scene, or too large; never with the path.
     """
     try:
-        with open_scene(path) as scene:
+        with open_scene(path, stretch=stretch) as scene:
             check_sides(scene.height, scene.width)
             size = f"scene: {scene.width} x {scene.height} pixels, at most"
             if scene.height * scene.width > total:

@@ -48,6 +48,8 @@ def _turned(picture: Any) -> str:
 class FasterRCNNHandler(BaseHandler):
     """Serves any detector of models.py; detector.json in the archive says which."""
 
+    stretch: Any = None  # of scenes that the detector learned from
+
     def initialize(self, context: Any) -> None:
         """Build the detector and read the limits; called once in each worker.
 
@@ -63,6 +65,7 @@ class FasterRCNNHandler(BaseHandler):
             description = json.load(file)
         self.score_threshold = description["score_threshold"]
         self.max_pixels = description["max_pixels"]
+        self.stretch = description.get("stretch")
         # torchvision's pooling of regions takes the scales of the feature maps from
         # the first picture, and from a very thin one it takes wrong ones, for good
         size = description["tile_size"]
@@ -130,6 +133,8 @@ class FasterRCNNHandler(BaseHandler):
         # Pillow calls 16 bits of RGB "RGB"; the 25th byte of a PNG is its depth
         bits = content[24] if picture.format == "PNG" else 8
         if picture.format == "TIFF":
+            if self.stretch:
+                return "of a TIFF no bands are chosen here: send RGB as PNG or JPEG"
             bits = max(picture.tag_v2.get(258, (8,)))
         if bits > 8:
             return f"{bits} bits a channel: send 8 bits a channel"

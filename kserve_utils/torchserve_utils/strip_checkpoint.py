@@ -44,6 +44,7 @@ def main() -> None:
     add("--tile-size", type=int)
     add("--overlap", type=float)
     add("--category-ids", type=int, nargs="+", help="COCO ids of labels 1, 2, ...")
+    add("--stretch", metavar="FILE", help="JSON, of scenes of more than 8 bits")
     given = vars(parser.parse_args())
     source, target = given.pop("ckpt_path"), given.pop("new_ckpt_name")
     try:
