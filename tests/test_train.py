@@ -241,6 +241,8 @@ def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
         (config(tiles, "x", settings={}, model="ssd300_vgg16"), 512),
     ):
         assert as_they_are(kept, size) is kept
+    with pytest.warns(UserWarning, match="tiles of 512 px are shrunk to 300 px"):
+        as_they_are(from_recipe("xview", "tiles", "out"), 512)
 
 
 def test_every_field_is_a_flag():
