@@ -24,6 +24,8 @@ from .files import atomic_path
 from .models import build_model, resolved_settings
 
 CHECKPOINT_KEYS = ("model", "architecture", "settings", "class_names")
+# settings that decide which weights there are, and their shapes
+SHAPES = ("anchor_sizes", "aspect_ratios", "backbone_norm", "reduced_tail")
 # what only the training that goes on needs, as large as the weights
 TRAINING_KEYS = ("trained", "optimizer", "scheduler", "scaler", "unreported")
 
@@ -187,6 +189,8 @@ def start_from(
     try:
         model.load_state_dict(bare_weights(there["model"]))
     except RuntimeError as error:
+        kind = {k: v for k, v in there["settings"].items() if k in SHAPES}
         raise ValueError(
-            f"init_checkpoint {path} was trained with other settings: {error}"[:400]
+            f"init_checkpoint {path} was trained with other settings, give the run "
+            f"its {kind}: {' '.join(str(error).split())}"[:400]
         ) from error

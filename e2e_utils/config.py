@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import typing
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -94,11 +95,20 @@ class TrainConfig:
             value = getattr(self, name)
             if hint in (int, int | None) and value is not None:
                 setattr(self, name, whole(name, value))
+            elif hint is float and not _is_number(value):
+                raise ValueError(
+                    f"{name} must be a number, got {value!r} (YAML takes 1e-3 for a "
+                    "word: write 1.0e-3)"
+                )
         if self.lr_milestones is not None:
             self.lr_milestones = [whole("lr_milestones", v) for v in self.lr_milestones]
 
     def check(self) -> None:
         """Raise ValueError for a value out of range that nothing else would refuse."""
+        for name in ("steps", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in 0..1, below 1, got {self.ema!r}")
         if self.best_metric not in BEST_METRICS:
@@ -108,14 +118,17 @@ class TrainConfig:
             )
 
 
+def _is_number(value: typing.Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def whole(name: str, value: typing.Any) -> int:
     """A number as an int if it is a whole one; `name` is for the error.
 
     Raises:
         ValueError: it is none.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or value % 1 != 0:
+    if not _is_number(value) or value % 1 != 0:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)
 
@@ -129,19 +142,22 @@ def from_recipe(
         recipe: a name of `RECIPES`.
         data_path, output_dir: see `TrainConfig`.
         **changes: fields of `TrainConfig`; "recipe" leaves one as the recipe has it.
-            With another model its weights and settings are those of TrainConfig.
+            With another model its weights and settings are those of TrainConfig. With
+            epochs, the recipe's steps do not count.
 
     Raises:
         ValueError: no such recipe.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    fields_of, given = RECIPES[recipe], {}
+    fields_of, given = deepcopy(RECIPES[recipe]), {}
     for name, value in changes.items():
         if not isinstance(value, str) or value != "recipe":
             given[name] = value
     if given.get("model", fields_of["model"]) != fields_of["model"]:
         fields_of = {k: v for k, v in fields_of.items() if k not in _OF_MODEL}
+    if given.get("epochs") is not None:
+        fields_of["steps"] = None
     return TrainConfig(str(data_path), str(output_dir), **{**fields_of, **given})
 
 

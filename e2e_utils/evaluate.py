@@ -169,7 +169,7 @@ def coco_metrics(
         no ground truth exists. An AP is the mean over the classes that occur.
 
     Raises:
-        ValueError: a detection names an image that the ground truth does not have.
+        ValueError: a detection's image or category is not in the ground truth.
     """
     ground_truth, found = read_ground_truth(ground_truth, detections, image_ids)
     run = _matched(ground_truth, found, max_dets)

@@ -60,6 +60,19 @@ def read_georeference(source: str | Path | bytes) -> Georeference | None:
         return georeference_of(scene)
 
 
+def read_georeferences(
+    scenes: dict[str, Any],
+) -> tuple[dict[str, Georeference | None], dict[str, str]]:
+    """`read_georeference` by name; and what is wrong with those that it refuses."""
+    places, failed = {}, {}
+    for name, source in scenes.items():
+        try:
+            places[name] = read_georeference(source)
+        except (OSError, ValueError) as error:
+            failed[name] = str(error)
+    return places, failed
+
+
 def georeference_of(scene: Scene) -> Georeference | None:
     """What an open scene tells of its place, checked.
 
@@ -165,7 +178,7 @@ def output_files(path: str | Path, places: dict[str, Georeference | None]) -> di
 
     Raises:
         ValueError: no scene, another ending than those of `FORMATS`, scenes with and
-            without georeference, or two scenes with one file.
+            without georeference in one file, or two scenes with one {scene}.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -173,13 +186,6 @@ def output_files(path: str | Path, places: dict[str, Georeference | None]) -> di
         raise ValueError(f"output {path}: no ending {path.suffix!r}; valid: {valid}")
     if not places:
         raise ValueError(f"output {path}: there is no scene")
-    without = [name for name, place in places.items() if place is None]
-    if path.suffix != ".json" and 0 < len(without) < len(places):
-        placed = next(name for name, place in places.items() if place is not None)
-        raise ValueError(
-            f"{len(without)} of {len(places)} scenes have no georeference: {without[0]}"
-            f" has none, {placed} has one; give them an output each, or .json (pixels)"
-        )
     files: dict[Path, list[str]] = {}
     for name in places:
         stem = Path(name).with_suffix("").as_posix()
@@ -187,6 +193,15 @@ def output_files(path: str | Path, places: dict[str, Georeference | None]) -> di
     if "{scene}" in str(path) and len(files) < len(places):
         file, names = max(files.items(), key=lambda item: len(item[1]))
         raise ValueError(f"{' and '.join(names)} would both be {file}")
+    without = [name for name, place in places.items() if place is None]
+    together = path.suffix != ".json" and len(files) == 1
+    if together and 0 < len(without) < len(places):
+        placed = next(name for name, place in places.items() if place is not None)
+        raise ValueError(
+            f"{len(without)} of {len(places)} scenes have no georeference: {without[0]}"
+            f" has none, {placed} has one; put {{scene}} into the output for a file "
+            "each, or take .json (pixels)"
+        )
     return files
 
 

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from .boxes import iou_pairs, nearest
-from .truth import clip_to_images, columns, read_ground_truth, to_labels
+from .truth import (
+    clip_to_images,
+    columns,
+    content,
+    listed,
+    read_ground_truth,
+    to_labels,
+)
 
 KINDS = (
     "correct",
@@ -35,18 +42,14 @@ def _select(
 ) -> tuple[dict, np.ndarray, np.ndarray, list[dict]]:
     """Ground truth cut to its images, without crowds; indices of its objects in the
     file's annotations, of the detections by descending score, and those."""
+    ground_truth = content(ground_truth)
+    of_file = listed(ground_truth)
     ground_truth, detections = read_ground_truth(ground_truth, detections, clip=False)
-    known = {category["id"] for category in ground_truth["categories"]}
-    foreign = sorted({row["category_id"] for row in detections} - known)
-    if foreign:
-        raise ValueError(
-            f"detections of categories not in the ground truth: {foreign[:5]}"
-        )
     index = _by_score([row["score"] for row in detections], score_threshold)
     rows, (cut, kept) = ground_truth["annotations"], clip_to_images(ground_truth)
     objects = [i for i, row in enumerate(kept) if not rows[row].get("iscrowd")]
     cut = {**cut, "annotations": [cut["annotations"][i] for i in objects]}
-    return cut, kept[objects], index, [detections[i] for i in index]
+    return cut, of_file[kept[objects]], index, [detections[i] for i in index]
 
 
 def _by_score(scores: Sequence[float] | np.ndarray, threshold: float) -> np.ndarray:

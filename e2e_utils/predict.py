@@ -15,6 +15,7 @@ found whole in one tile and in part in another; the part gives way to the whole.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .files import find_files
 from .georeference import (
     georeference_of,
     output_files,
-    read_georeference,
+    read_georeferences,
     write_boxes,
 )
 from .grid import tile_grid
@@ -145,9 +146,11 @@ def predict_scene(
         makes files of it, `evaluate.to_coco(image_id, found)` COCO results.
 
     Raises:
-        ValueError: not 8 bit RGB, or no place on Earth; the message names the file.
+        ValueError: not 8 bit RGB, no place on Earth (it names the file), or batch_size.
         FileNotFoundError: no such file.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give 1 or more")
     device = next(model.parameters()).device
     # One table. A list of small tensors would lie between the large ones of the forward
     # passes and keep their memory from use.
@@ -266,9 +269,13 @@ def predict_files(
     urls = {str(url).split("://")[1]: url for url in scenes if is_url(url)}
     files = [scene for scene in scenes if not is_url(scene)]
     paths = urls | (find_files(files, SCENES) if files else {})
-    places = {name: read_georeference(path) for name, path in paths.items()}
+    places, failed = read_georeferences(paths)
+    done = Predictions({}, failed=failed)
+    if failed and not places:
+        raise FailedScenes(done)
     for file in output_files(output, places):
         file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()  # writable, before the work
     model, meta = model_from_checkpoint(checkpoint, find_device(device))
     size = meta.get("tile_size") if size is None else size
     overlap = meta.get("overlap") if overlap is None else overlap
@@ -280,12 +287,10 @@ def predict_files(
         "progress": True,
         "stretch": meta.get("stretch") if stretch is None else stretch,
     }
-    done = Predictions({})
-    for name, path in tqdm(
-        paths.items(), "scenes", unit="scene", disable=len(paths) < 2
-    ):
+    for name in tqdm(places, "scenes", unit="scene", disable=len(places) < 2):
         try:
-            done.found[name] = predict_scene(model, path, size, overlap, **options)
+            found = predict_scene(model, paths[name], size, overlap, **options)
+            done.found[name] = found
         except (OSError, ValueError) as error:
             done.failed[name] = str(error)
     if done.found:

@@ -19,7 +19,8 @@ import numpy as np
 from .coco import Coco, read_coco, write_coco
 from .scenes import STRIP_PIXELS, FailedScenes, open_scene
 from .stretch import Stretch, as_stretch, is_alike, percentile_stretch
-from .tiling import TilingReport, slice_coco
+from .tile_set import start_split
+from .tiling import TilingReport, checked_size, slice_coco
 
 _SAMPLE = 1 << 22  # pixels of all scenes that a stretch is measured on
 
@@ -40,11 +41,18 @@ def split_coco(
         seed: of the draw.
 
     Raises:
-        ValueError: not a COCO file, one scene alone, or the rate is out of range.
+        ValueError: not a COCO file, one of the two that it would write, one scene
+            alone, or the rate is out of range.
     """
     if not 0 < train_split_rate < 1:
         raise ValueError(
             f"train_split_rate is {train_split_rate}; give a share between 0 and 1"
+        )
+    files = tuple(Path(output_dir, f"scenes_{name}.json") for name in ("train", "val"))
+    if Path(coco_json).resolve() in [file.resolve() for file in files]:
+        raise ValueError(
+            f"{coco_json} would be replaced by a part of itself: choose another "
+            "output_dir, or give val_coco as well"
         )
     coco = read_coco(coco_json, strict=False)
     count = len(coco.images)
@@ -57,7 +65,6 @@ def split_coco(
     random.Random(seed).shuffle(names)
     training = set(names[: min(max(1, round(train_split_rate * count)), count - 1)])
     known = {image.id for image in coco.images}
-    files = tuple(Path(output_dir, f"scenes_{name}.json") for name in ("train", "val"))
     for file, trains in zip(files, (True, False), strict=True):
         images = [i for i in coco.images if (i.file_name in training) == trains]
         left_out = known - {image.id for image in images}
@@ -181,6 +188,10 @@ def prepare_tiles(
         FailedScenes: see `slice_coco`; both splits are done but for these scenes.
     """
     out = Path(output_dir)
+    slice_size = checked_size(slice_size, min_area_ratio, negative_ratio)
+    categories = read_coco(val_coco or coco, strict=False).categories
+    for split in ("train", "val"):  # what is refused leaves everything as it was
+        start_split(out, split, slice_size, overlap_ratio, categories, write=False)
     if val_coco is None:
         files = split_coco(coco, out, train_split_rate, seed)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import zip_longest
@@ -226,10 +227,18 @@ def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     """The configuration whose detector takes tiles of this size without resizing them.
 
     It is that of a model which means to: its min_size is its max_size. Settings that
-    name either of them stay, and so do models that resize on purpose.
+    name either of them stay, and so do models that resize on purpose; a warning tells
+    where settings shrink the tiles.
     """
     own = resolved_settings(config.model)
     sides = {"min_size", "max_size"}
+    given = [v for k, v in config.settings.items() if k in sides and isinstance(v, int)]
+    if min(given, default=tile_size) < tile_size:
+        warnings.warn(
+            f"tiles of {tile_size} px are shrunk to {min(given)} px, and their objects "
+            "with them: settings say so (min_size, max_size)",
+            stacklevel=2,
+        )
     meant = own.get("min_size") is not None and own["min_size"] == own.get("max_size")
     if not meant or own["min_size"] == tile_size or sides & config.settings.keys():
         return config

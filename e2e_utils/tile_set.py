@@ -170,14 +170,10 @@ def _check_split(path: Path, name: str, split: Split) -> None:
         )
 
 
-class _Format(msgspec.Struct):
-    format: int = 0
-
-
 def _read(path: Path) -> TileSet:
     content = path.read_bytes()
     try:
-        found = msgspec.json.decode(content, type=_Format).format
+        found = msgspec.json.decode(content, type=dict).get("format", 0)
         if found != FORMAT:
             raise ValueError(
                 f"{path} is of format {found}, and format {FORMAT} is read here: "
@@ -202,10 +198,13 @@ def start_split(
     overlap: float,
     categories: list[Category],
     stretch: Stretch | None = None,
+    *,
+    write: bool = True,
 ) -> TileSet:
     """The description of a folder without a split that is about to be made anew.
 
-    It is out of the file until `describe_split` says that it is whole.
+    It is out of the file until `describe_split` says that it is whole; `write` False
+    leaves the file and looks for errors alone, those of a stretch not yet.
 
     Raises:
         ValueError: the folder has tiles of another size, overlap, stretch or classes.
@@ -228,15 +227,15 @@ def start_split(
     there.splits.pop(name, None)
     if (there.tile_size, there.overlap) != (new.tile_size, new.overlap):
         raise ValueError(
-            f"{folder} holds tiles of {there.tile_size} px with overlap "
-            f"{there.overlap}, not {tile_size} px with {overlap}: remove it, or choose "
-            "another folder"
+            f"{folder} holds tiles of {there.tile_size} px with overlap {there.overlap}"
+            f", not {tile_size} px with {overlap}: remove it, or choose another folder"
         )
     if not there.splits:
-        path.unlink()
+        if write:
+            path.unlink()
         return new
     others = f"{', '.join(there.splits)} of {folder}"
-    if there.stretch != stretch:
+    if write and there.stretch != stretch:
         raise ValueError(
             f"{name} has the stretch {stretch} and {others} {there.stretch}: remove "
             "the folder, or choose another"
@@ -248,7 +247,8 @@ def start_split(
             f"category {one} is {now.get(one)!r} in {name} and {before.get(one)!r} in "
             f"{others}: all splits need the same ones"
         )
-    _write(there)
+    if write:
+        _write(there)
     return there
 
 

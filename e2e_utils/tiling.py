@@ -167,7 +167,7 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
     report.negatives = in_tile.count(0)
 
 
-def _checked_size(
+def checked_size(
     slice_size: float, min_area_ratio: float, negative_ratio: float
 ) -> int:
     """ValueError for a value out of range that nothing else would refuse."""
@@ -175,7 +175,7 @@ def _checked_size(
         raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
     if not 0 <= negative_ratio < np.inf:
         raise ValueError(f"negative_ratio is {negative_ratio}; give 0 or more")
-    if slice_size != int(slice_size):
+    if slice_size % 1 != 0:  # of infinity and NaN too
         raise ValueError(f"slice_size is {slice_size}; give a whole number of pixels")
     return int(slice_size)  # papermill passes 3e2 as a float
 
@@ -238,7 +238,7 @@ def slice_coco(
             `output_dir` has tiles of another size, overlap, stretch or categories.
         OSError: the disk is full or not writable.
     """
-    slice_size = _checked_size(slice_size, min_area_ratio, negative_ratio)
+    slice_size = checked_size(slice_size, min_area_ratio, negative_ratio)
     coco_json, images, out = Path(coco_json), Path(image_dir), Path(output_dir)
     record = as_stretch(stretch, bands)
     split = split or coco_json.stem

@@ -32,18 +32,24 @@ def read_ground_truth(
         clip: False leaves boxes as they are; see `clip_to_images`.
 
     Returns:
-        (content of the file, its boxes cut to their images; detections). Where ids of
-        images are strings, both have the number of the image instead, from 1 up.
+        (content of the file without annotations that are not `listed`, its boxes cut
+        to their images; detections). Where ids of images are strings, both have the
+        number of the image instead, from 1 up.
 
     Raises:
-        ValueError: a detection's image is not in the ground truth.
+        ValueError: a detection's image or category is not in the ground truth.
     """
-    coco = _content(ground_truth)
+    coco = _without_unlisted(content(ground_truth))
     number = {image["id"]: image["id"] for image in coco["images"]}
     foreign = sorted({d["image_id"] for d in detections} - number.keys(), key=str)
     if foreign:
         raise ValueError(
             f"detections for images not in the ground truth: {foreign[:5]}"
+        )
+    categories = {category["id"] for category in coco["categories"]}
+    if foreign := sorted({d["category_id"] for d in detections} - categories):
+        raise ValueError(
+            f"detections of categories not in the ground truth: {foreign[:5]}"
         )
     strings = any(isinstance(id_, str) for id_ in number)
     if strings:
@@ -63,10 +69,34 @@ def read_ground_truth(
     return (clip_to_images(coco)[0] if clip else coco), detections
 
 
-def _content(ground_truth: str | Path | dict) -> dict:
+def content(ground_truth: str | Path | dict) -> dict:
+    """The content of a COCO file, be it given or read."""
     if isinstance(ground_truth, dict):
         return ground_truth
     return read_coco(ground_truth, strict=False).to_dict()
+
+
+def listed(coco: dict) -> np.ndarray:
+    """Which annotations name an image and a category of the file, int64 (K,).
+
+    Tiling leaves out the others, and so does every score.
+    """
+    images, categories = ({r["id"] for r in coco[k]} for k in ("images", "categories"))
+    rows = coco["annotations"]
+    known = (r["image_id"] in images and r["category_id"] in categories for r in rows)
+    return np.flatnonzero(np.fromiter(known, bool, len(rows)))
+
+
+def _without_unlisted(coco: dict) -> dict:
+    rows, kept = coco["annotations"], listed(coco)
+    if len(kept) == len(rows):
+        return coco
+    warnings.warn(
+        f"{len(rows) - len(kept)} of {len(rows)} annotations name an image or a "
+        "category that the file does not list, and are not scored",
+        stacklevel=3,
+    )
+    return {**coco, "annotations": [rows[i] for i in kept]}
 
 
 def clip_to_images(coco: dict) -> tuple[dict, np.ndarray]:
@@ -128,9 +158,9 @@ def image_truth(ground_truth: str | Path | dict, image_id: int | str) -> dict:
         `CocoTiles` numbers them, see `to_labels`.
 
     Raises:
-        ValueError: no such image, or a label's category is not in the file.
+        ValueError: no such image.
     """
-    coco = _content(ground_truth)
+    coco = content(ground_truth)
     if image_id not in {image["id"] for image in coco["images"]}:
         raise ValueError(f"no image {image_id!r} in the ground truth")
     coco, _ = read_ground_truth(coco, [], [image_id])

@@ -87,7 +87,7 @@ def xview_score(
         ground truth exists.
 
     Raises:
-        ValueError: a detection names an image that the ground truth does not have.
+        ValueError: a detection's image or category is not in the ground truth.
 
     Source: scoring/score.py and matching.py of DIUx-xView/xView1_baseline, commit
     8efe340. Detections of equal score keep the order given, which is left open there.

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import io
 import json
 
@@ -138,6 +139,22 @@ def test_ids_of_images_may_be_strings(tmp_path):
         coco_metrics(other, [{**others[0], "image_id": "no"}])
 
 
+@pytest.mark.parametrize("rename", [lambda *both: both, renamed])
+def test_what_names_no_image_or_category_of_the_file_is_in_no_score(rename):
+    truth, found = rename(*scene(20, seed=3))
+    rows = truth["annotations"]
+    lost = [{**rows[0], "image_id": "no"}, {**rows[0], "category_id": 99}]
+    more = {**truth, "annotations": lost + rows}
+    every = functools.partial(xview_score, every_object=True)
+    for score in (coco_metrics, every, confusion_matrix):
+        with pytest.warns(UserWarning, match="2 of .* are not scored"):
+            assert np.array_equal(score(more, found), score(truth, found))
+    with pytest.warns(UserWarning, match="not scored"):
+        kinds = mistakes(more, found)
+    for kind, pairs in mistakes(truth, found).items():  # indices are those of the file
+        assert np.array_equal(kinds[kind], pairs + [0, 2] * (pairs != -1))
+
+
 def test_a_crowd_is_ignored_as_pycocotools_does():
     truth, found = scene(20, seed=3)
     for row in truth["annotations"][::3]:
@@ -196,9 +213,10 @@ def test_the_recall_ceiling_is_what_the_caps_let_through():
     rows += [{"image_id": 1, "category_id": 1, **box}] * 10
     rows += [{"image_id": 2, "category_id": 1, **box}] * 10
     truth = {"images": [{"id": 1}, {"id": 2}, {"id": 3}], "annotations": rows}
+    truth["categories"] = [{"id": 0}, {"id": 1}]
     assert recall_ceiling(truth, (1, 20, 50)) == {1: 2 / 50, 20: 30 / 50, 50: 1.0}
     assert recall_ceiling(truth, [20], per_class=True) == {20: 40 / 50}
     with pytest.raises(ValueError, match=r"caps \[0\]"):
         recall_ceiling(truth, [0])
     with pytest.raises(ValueError, match="0 objects and caps"):
-        recall_ceiling({"images": [], "annotations": []})
+        recall_ceiling({**truth, "annotations": []})

@@ -124,6 +124,9 @@ def test_a_file_for_each_scene_is_in_its_own_crs(tmp_path):
         same_corners(frames[0].geometry[0], xy, 1e-6)
     for path in write_boxes(tmp_path / "{scene}.geojson", scenes):
         assert read(path).crs.to_epsg() == 4326
+    mixed = {"5.tif": placed(), "6.png": FOUND}  # a file each holds no two kinds
+    frames = [read(path) for path in write_boxes(tmp_path / "{scene}.gpkg", mixed)]
+    assert [f.crs.type_name for f in frames] == ["Projected CRS", "Engineering CRS"]
 
 
 @pytest.mark.parametrize("ending", TOGETHER)

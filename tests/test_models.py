@@ -351,8 +351,14 @@ def test_a_checkpoint_gives_back_its_model(tmp_path):
     }
     torch.save({**saved, "model": inside}, tmp_path / "part.pt")
     fresh = build_model("fasterrcnn_small", 4)
-    start_from(fresh, tmp_path / "part.pt", "fasterrcnn_small", saved["class_names"])
+    like = "fasterrcnn_small", saved["class_names"]
+    start_from(fresh, tmp_path / "part.pt", *like)
     assert torch.equal(fresh.state_dict()[key], saved["model"][key])
+    kind = {"settings": {"anchor_sizes": [[16, 20], [32, 40], [64, 80]]}}
+    torch.save({**saved, **kind, "model": {}}, tmp_path / "anchors.pt")
+    with pytest.raises(ValueError, match=r"give the run its {'anchor_sizes'.*") as told:
+        start_from(fresh, tmp_path / "anchors.pt", *like)
+    assert "\n" not in str(told.value)
     torch.save({**saved, "class_names": ["background", "x"]}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model.pt.*do not fit"):
         model_from_checkpoint(tmp_path / "model.pt")

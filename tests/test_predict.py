@@ -182,6 +182,11 @@ def test_a_scene_of_16_bits_is_predicted_by_its_record_and_refused_without(tmp_p
     np.testing.assert_array_equal(found["boxes_xyxy"], wanted["boxes_xyxy"])
 
 
+def test_a_batch_of_no_tile_is_refused():
+    with pytest.raises(ValueError, match="batch_size is -1; give 1 or more"):
+        predict_scene(BrightSquares(), noise(64, 64), 64, 0.2, batch_size=-1)
+
+
 def test_a_file_that_is_no_scene_is_named(tmp_path):
     (tmp_path / "notes.tif").write_text("no picture")
     with pytest.raises(ValueError, match="notes.tif"):
@@ -319,6 +324,7 @@ def test_one_line_writes_the_boxes_of_many_scenes_and_says_what_it_found(
         ("a plain.png", "b.gpkg", "plain.png has none, a/5.TIF has one"),
         ("a --score_threshold=7", "b.gpkg", "score_threshold must be in 0..1, got 7"),
         ("a --checkpoint=old.pt", "b.gpkg", "old.pt has no tile_size"),
+        ("a --checkpoint=no.pt", "/proc/b.gpkg", "/proc"),  # before the long work
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_no_file(
@@ -334,13 +340,14 @@ def test_what_cannot_be_done_is_one_line_and_no_file(
     assert len(str(error.value).splitlines()) == 1 and not Path(output).exists()
 
 
+@pytest.mark.parametrize("damaged", [0, 20_000])  # its header, or behind it
 def test_a_scene_that_cannot_be_read_does_not_cost_the_boxes_of_the_others(
-    tmp_path, two, monkeypatch
+    tmp_path, two, damaged, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     georeferenced(tmp_path / "b" / "5.TIF", noise(210, 220), compress="deflate")
     with open(tmp_path / "b" / "5.TIF", "r+b") as file:
-        file.seek(20_000)  # its header is whole
+        file.seek(damaged)
         file.write(bytes(20_000))
     with pytest.raises(SystemExit, match="1 scene.*\n.*b/5.TIF: cannot be read"):
         main(["a", "b", "--checkpoint=best.pt", "--output=b.json"])

@@ -108,6 +108,31 @@ def test_tiles_of_other_sizes_or_classes_do_not_enter_a_folder(own, tmp_path):
         before.split("test")
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"slice_size": 400}, "512 px with overlap 0.25, not 400 px"),
+        ({"slice_size": float("inf")}, "slice_size is inf; give a whole number"),
+        ({"min_area_ratio": 5}, "min_area_ratio is 5"),
+        ({"val_coco": "boats"}, "category 5 is 'boat' in train and 'crane'"),
+    ],
+)
+def test_what_prepare_refuses_leaves_the_folder_as_it_was(own, tmp_path, option, said):
+    shutil.copytree(own, tmp_path / "own")
+    tiles, labels = tmp_path / "own" / "tiles", tmp_path / "own" / "labels.json"
+    grid = {"slice_size": 512, "overlap_ratio": 0.25, "seed": 1, **option}
+    if "val_coco" in option:
+        labels.write_text(labels.read_text().replace("crane", "boat"))
+        grid.pop("val_coco")
+    with pytest.raises(ValueError, match=said):
+        prepare_tiles(tmp_path / "own" / "scenes", labels, tiles, **grid)
+    for split in ("train", "val"):
+        read_tile_set(tiles).scenes(split)  # it is the file that was described
+    given = tiles / "scenes_train.json"
+    with pytest.raises(ValueError, match="scenes_train.json would be replaced by a"):
+        split_coco(given, tiles)
+
+
 def test_a_split_that_is_being_made_is_not_listed(own, tmp_path, monkeypatch):
     shutil.copytree(own / "tiles", tmp_path / "tiles")
     monkeypatch.setattr("e2e_utils.tiling.write_tiles", lambda *_: 1 / 0)

@@ -217,6 +217,11 @@ def test_whole_floats_are_taken_as_ints():
     run = TrainConfig("d", "o", **given)
     assert (run.steps, run.eval_steps, run.lr_milestones) == (100_000, None, [100, 200])
     assert type(run.steps) is type(run.lr_milestones[0]) is int
+    with pytest.raises(ValueError, match="lr must be a number, got '1e-3'.*1.0e-3"):
+        TrainConfig("d", "o", lr="1e-3")
+    for name in ("steps", "epochs", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+            TrainConfig("d", "o", **{name: 0}).check()
     for steps in (float("inf"), float("nan"), True, "1e5"):
         with pytest.raises(ValueError, match="steps must be a whole number, got"):
             TrainConfig("d", "o", steps=steps)
@@ -236,6 +241,8 @@ def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
         (config(tiles, "x", settings={}, model="ssd300_vgg16"), 512),
     ):
         assert as_they_are(kept, size) is kept
+    with pytest.warns(UserWarning, match="tiles of 512 px are shrunk to 300 px"):
+        as_they_are(from_recipe("xview", "tiles", "out"), 512)
 
 
 def test_every_field_is_a_flag():
@@ -500,6 +507,10 @@ def test_a_recipe_with_another_model_leaves_weights_and_settings_to_it():
     made = from_recipe("sample", "tiles", "out", model="fasterrcnn_small", steps=None)
     assert (made.weights_backbone, made.steps) == (None, None)
     assert made.lr == RECIPES["sample"]["lr"]
+    made = from_recipe("sample", "tiles", "out", epochs=5, steps="recipe")
+    assert (made.epochs, made.steps) == (5, None)
+    from_recipe("xview", "tiles", "out").settings.clear()
+    assert RECIPES["xview"]["settings"]
     with pytest.raises(
         ValueError, match="recipe must be one of sample, xview, got 'x'"
     ):

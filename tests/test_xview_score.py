@@ -89,7 +89,7 @@ def test_the_official_score_forgets_images_where_nothing_of_a_class_was_found():
 
 
 def test_what_cannot_be_scored_changes_nothing_and_scores_nothing():
-    truth = coco([(1, 0, 0, 0)], categories=1)
+    truth = coco([(1, 0, 0, 0)], categories=8)
     assert xview_score(truth, found((1, 0, 0, 0, 0.0)))["mAP"] == 0.0  # a score of 0
     boxes = found((1, 0, 0, 0, 0.9), (1, 7, 0, 0, 0.95))  # a class of no object
     assert xview_score(truth, boxes)["mAP"] == 1.0
