@@ -66,8 +66,7 @@ _TILES = {
 }
 
 # The first two are our own; the next six are torchvision's, which has COCO weights of
-# them; the others put an FPN on a backbone. The original recipe gave four of those a
-# single stride-32 map, on which a 13 px car is less than half a cell.
+# them; the others get an FPN: on a single stride-32 map a car is half a cell.
 _ARCHITECTURES: dict[str, _Architecture] = {
     "fasterrcnn_small": _Architecture(
         FasterRCNN,
@@ -316,8 +315,7 @@ def build_model(
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise RuntimeError(
             f"the pretrained weights of {name} could not be downloaded ({error}). Put "
-            f"the file into {folder}, or pass weights=None, weights_backbone=None to "
-            "train from scratch."
+            f"the file into {folder}, or pass weights=None, weights_backbone=None."
         ) from error
     boxes_in_float32(model)
     return model
