@@ -28,7 +28,7 @@ from e2e_utils.experiment import load_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "determined_files"
-RATES = [0.0005, 0.001]
+DECAYS = [0.05, 0.5]
 SEARCH = {"max_batches": 12, "validation_batches": 6}
 
 
@@ -153,7 +153,7 @@ def search(master, tiles):
         "const.yaml",
         *on_cluster(short(tiles, **SEARCH)),
         "hyperparameters.checkpoint_batches=3",
-        f"hyperparameters.lr={{type: categorical, vals: {RATES}}}",
+        f"hyperparameters.weight_decay={{type: categorical, vals: {DECAYS}}}",
         "searcher.name=grid",
         "max_restarts=0",
     )
@@ -173,7 +173,7 @@ def test_placeholders_cannot_be_submitted(master):
 def test_a_search_runs_a_trial_for_each_value_to_its_end(master, search):
     number, experiment = search
     found = client.Determined(master.address).get_experiment(number).list_trials()
-    assert [trial.hparams["lr"] for trial in found] == RATES
+    assert [trial.hparams["weight_decay"] for trial in found] == DECAYS
     assert [trial.state.name for trial in found] == ["COMPLETED"] * 2
     assert [trial.runs for trial in experiment.trials] == [2, 1]  # one was paused
     for trial in experiment.trials:
@@ -187,7 +187,7 @@ def test_a_search_runs_a_trial_for_each_value_to_its_end(master, search):
 @pytest.mark.slow
 def test_a_paused_trial_ends_as_an_undisturbed_one(master, search, tiles, tmp_path):
     trial = search[1].trials[0]
-    overrides = short(tiles, **SEARCH, lr=trial.hparams["lr"])
+    overrides = short(tiles, **SEARCH, weight_decay=trial.hparams["weight_decay"])
     seen = {}
     _, checkpoint = run_local(
         load_config(FILES / "const.yaml", overrides),
