@@ -50,7 +50,6 @@ _ANCHORS = {"anchor_sizes": [[x] for x in _SIDES], "aspect_ratios": _RATIOS}
 _THIRDS = [[x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))] for x in _SIDES]
 # What torchvision does to a pretrained ResNet; from scratch all of it must learn.
 _FROZEN = {"trainable_backbone_layers": 3, "backbone_norm": "frozen"}
-
 # Small objects on small tiles
 _TILES = {
     "min_size": 300,  # a tile enters as it is: no resizing
@@ -183,9 +182,9 @@ def model_settings(name: str) -> tuple[str, ...]:
     Plain numbers, words and lists, for a checkpoint, a YAML file and an artefact. Those
     of torchvision's constructors have its names and meaning; further ones are
 
-    - `anchor_sizes`: a list of sizes per feature level, such as `[[16], [32], [64]]`,
-      in pixels of the resized tile, and `aspect_ratios`, height / width. Of
-      COCO weights, what another number of them does not fit starts afresh.
+    - `anchor_sizes`: a list of sizes per feature level, such as `[[16], [32]]`, in
+      pixels of the resized tile, and `aspect_ratios`, height / width. COCO weights of
+      another number of them start afresh.
     - `trainable_backbone_layers`: stages of the backbone that learn, from its end.
     - `backbone_norm`: "batch" learns, "frozen" keeps the pretrained statistics,
       "folded" has them in the convolutions; and `norm_eps`, of its denominator.
