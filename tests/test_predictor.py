@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gzip
 import importlib.metadata
 import io
 import itertools
@@ -505,6 +506,18 @@ def test_the_binary_form_may_be_as_large_as_what_it_asks_for(
 def test_a_length_of_the_json_that_is_no_length_is_refused(value):
     headers = {"Inference-Header-Content-Length": value}
     assert post(b"{}", headers, V2_URL).status_code == 400
+
+
+def test_a_version_is_answered_by_name_however_large_the_picture():
+    answer = post(bytes(1 << 17), url=V2_URL.replace("/infer", "/versions/7/infer"))
+    assert answer.status_code == 501 and f"version '7': ask {V2_URL}" in answer.text
+
+
+@pytest.mark.parametrize("url", [URL, V2_URL])
+def test_a_compressed_body_is_refused_by_its_name(url):
+    answer = post(gzip.compress(b"{}"), {"content-encoding": "gzip"}, url)
+    assert answer.status_code == 415 and "the body is in 'gzip'" in answer.text
+    assert post(b"{}", {"content-encoding": "identity"}, url).status_code == 400
 
 
 def test_what_no_route_of_pictures_takes_is_kept_small():

@@ -47,6 +47,11 @@ def add_routes(app: FastAPI, model: DetectorModel) -> None:
     async def explain(model_name: str) -> Response:
         raise Refusal(501, f"model {model_name!r} explains nothing: it takes :predict")
 
+    @app.post("/v2/models/{model_name}/versions/{version}/infer")
+    async def versioned(model_name: str, version: str) -> Response:
+        there = f"/v2/models/{model_name}/infer"
+        raise Refusal(501, f"no model has a version {version!r}: ask {there}")
+
     @app.get(_PREDICT)  # KServe would take "NAME:predict" for the name of a model
     async def wrong_verb(model_name: str) -> Response:
         reason = f"GET /v1/models/{model_name}:predict: it takes POST"
@@ -66,8 +71,7 @@ class SmallBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         ours = path.endswith((":predict", ":explain", "/infer"))
-        app = self.app if ours and "/versions/" not in path else self.limited
-        await app(scope, receive, send)
+        await (self.app if ours else self.limited)(scope, receive, send)
 
 
 async def _answer(
@@ -152,9 +156,13 @@ async def _pieces(request: Request, stall: float) -> AsyncIterator[bytes]:
     when the JSON before a tensor asks for a scene.
 
     Raises:
-        Refusal: 413, more bytes, declared or sent; 408, none for `stall` s, or slower
-            than `_RATE` on the whole: a caller holds a slot meanwhile; 499, it hung up.
+        Refusal: 415, the body is compressed; 413, more bytes, declared or sent; 408,
+            none for `stall` s, or slower than `_RATE` on the whole: a caller holds a
+            slot meanwhile; 499, it hung up.
     """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise Refusal(415, f"the body is in {encoding!r}: send it as it is")
     declared = request.headers.get("content-length", "")
     length = int(declared) if declared.isdigit() else 0
     stream, total, began = request.stream(), 0, time.monotonic()
