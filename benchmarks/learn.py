@@ -42,8 +42,9 @@ RECIPES: dict[str, dict] = {
 }
 RARE = 20  # a class with fewer objects is left out where the worst class is named
 
-# What was tried on the default sample; frozen BatchNorm is torchvision's habit with
-# pretrained weights.
+# What was tried on the default sample; frozen BatchNorm, torchvision's habit with
+# pretrained weights, on another machine. A single run of each: of two that are nearer
+# than the noise of the seed, neither is better.
 TRIED = """
 tried on draw 0                                          steps  seed   AP50     AP
 BatchNorm frozen, lr 1e-3                                  640     0  0.882  0.482

@@ -97,8 +97,11 @@ def efficientnet_lite0(weights: str | None) -> EfficientNetLite0:
     network is needed to begin with them.
 
     Raises:
+        ValueError: no such weights.
         RuntimeError: the package is not installed, or its file is another.
     """
+    if weights not in (None, "DEFAULT"):
+        raise ValueError(f"weights_backbone must be 'DEFAULT' or None, got {weights!r}")
     body = EfficientNetLite0()
     if weights is None:
         return body

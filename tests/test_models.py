@@ -115,6 +115,12 @@ SSDLITE = "ssdlite320_mobilenet_v3_large"
         (SMALL, "box_nms_threshold", 0.3, "box_nms_threshold.*valid.*box_nms_thresh"),
         (SMALL, "weights", "DEFAULT", "from scratch"),
         (RESNET, "backbone_norm", "group", "'batch' or 'frozen', got 'group'"),
+        (
+            LITE,
+            "weights_backbone",
+            "IMAGENET1K_V1",
+            "'DEFAULT' or None, got 'IMAGENET1K",
+        ),
         (LITE, "backbone_norm", "frozen", "'batch' or 'folded', got 'frozen'"),
         (RESNET, "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),
         ("ssd300_vgg16", "trainable_backbone_layers", 9, "layers is 9; give 0 to 5"),

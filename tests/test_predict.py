@@ -196,8 +196,7 @@ def test_a_file_that_is_no_scene_is_named(tmp_path):
 PEAK = """
 import sys
 from pathlib import Path
-import torch
-from e2e_utils.stretch import Stretch
+import rasterio, tifffile, torch  # the readers come with the first TIFF: no pixels
 from e2e_utils.predict import predict_scene
 
 class Blind(torch.nn.Module):  # a test double: finds nothing, so the pixels are all
@@ -220,8 +219,8 @@ print(len(found["scores"]), peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it")
-@pytest.mark.parametrize("compress", [None, "lzw"])
-def test_a_large_tiff_needs_the_memory_of_some_rows_of_tiles(tmp_path, compress):
+@pytest.mark.parametrize(("compress", "most"), [(None, 200), ("lzw", 300)])
+def test_a_large_tiff_needs_the_memory_of_some_rows_of_tiles(tmp_path, compress, most):
     shape = (12_000, 12_000, 3)  # 432 MB, sparse: takes no room on the disk
     path = tmp_path / "large.tif"
     if compress:
@@ -234,7 +233,7 @@ def test_a_large_tiff_needs_the_memory_of_some_rows_of_tiles(tmp_path, compress)
     else:
         tifffile.memmap(path, shape=shape, dtype=np.uint8, photometric="rgb")
     boxes, megabytes = python("-c", PEAK, path).split()
-    assert boxes == "0" and float(megabytes) < 350
+    assert boxes == "0" and float(megabytes) < most
 
 
 def test_autocast_reaches_the_model():
