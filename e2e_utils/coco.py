@@ -84,9 +84,9 @@ def read_coco(path: str | Path, *, strict: bool = True) -> Coco:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a field is missing or of another type, an id stands twice, an image
-            has no pixels, or what `strict` asks does not hold. The message names the
-            file and the value.
+        ValueError: a field is missing or of another type, an id or a picture stands
+            twice, an image has no pixels, or what `strict` asks does not hold. The
+            message names the file and the value.
     """
     path = Path(path)
     try:
@@ -98,6 +98,10 @@ def read_coco(path: str | Path, *, strict: bool = True) -> Coco:
         if ids and max(ids.values()) > 1:
             twice = ids.most_common(1)[0][0]
             raise ValueError(f"{path}: id {twice} stands twice in {what}")
+    names = Counter(image.file_name for image in coco.images)
+    if names and max(names.values()) > 1:
+        twice = names.most_common(1)[0][0]
+        raise ValueError(f"{path}: {twice!r} stands twice in images: join the two")
     for image in coco.images:
         if image.height < 1 or image.width < 1:
             size = f"{image.width} x {image.height} pixels"

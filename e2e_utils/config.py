@@ -134,13 +134,18 @@ def whole(name: str, value: typing.Any) -> int:
 
 
 def from_recipe(
-    recipe: str, data_path: str | Path, output_dir: str | Path, **changes: typing.Any
+    recipe: str,
+    data_path: str | Path,
+    output_dir: str | Path,
+    tile_size: int | None = None,
+    **changes: typing.Any,
 ) -> TrainConfig:
     """The configuration of a recipe, with some of its fields changed.
 
     Args:
         recipe: a name of `RECIPES`.
         data_path, output_dir: see `TrainConfig`.
+        tile_size: side of the tiles in pixels, which the recipe's input size follows.
         **changes: fields of `TrainConfig`; "recipe" leaves one as the recipe has it.
             With another model its weights and settings are those of TrainConfig. With
             epochs, the recipe's steps do not count.
@@ -151,6 +156,8 @@ def from_recipe(
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     fields_of, given = deepcopy(RECIPES[recipe]), {}
+    if tile_size is not None and "settings" in fields_of:
+        fields_of["settings"] |= {"min_size": tile_size, "max_size": tile_size}
     for name, value in changes.items():
         if not isinstance(value, str) or value != "recipe":
             given[name] = value

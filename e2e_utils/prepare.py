@@ -189,6 +189,8 @@ def prepare_tiles(
     """
     out = Path(output_dir)
     slice_size = checked_size(slice_size, min_area_ratio, negative_ratio)
+    if pixel_size is not None and not pixel_size > 0:
+        raise ValueError(f"pixel_size is {pixel_size}; give metres, more than 0")
     categories = read_coco(val_coco or coco, strict=False).categories
     for split in ("train", "val"):  # what is refused leaves everything as it was
         start_split(out, split, slice_size, overlap_ratio, categories, write=False)

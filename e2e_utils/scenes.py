@@ -119,8 +119,8 @@ def open_scene(
     Args:
         source: path of a TIFF, PNG or JPEG; the bytes of such a file; an array, uint8
             (H, W, 3); or the URL (s3://, gs://, az://, https://, http://) of a TIFF,
-            which GDAL reads by ranges, with the credentials of the environment. Of a
-            URL the orientation tag is not looked at, and the first page is the scene.
+            which GDAL reads by ranges, with the credentials of the environment; the
+            orientation tag of such a file is not looked at.
         bands: of red, green and blue in a TIFF, from 1. Left out, those that the file
             calls so, else the first three of three or four.
         stretch: a record of how more than 8 bits become 8, its path, or its dict.
@@ -204,9 +204,8 @@ def _open_array(pixels: np.ndarray) -> Scene:
         raise ValueError(
             f"an image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}"
         )
-    (height, width, _), size = pixels.shape, pixels.nbytes
     window = lambda x1, y1, x2, y2: pixels[y1:y2, x1:x2]  # noqa: E731
-    return Scene("the image", height, width, "uint8", window, size)
+    return Scene("the image", *pixels.shape[:2], "uint8", window, pixels.nbytes)
 
 
 def _open_other(source: Any, name: str) -> Scene:
@@ -235,8 +234,7 @@ def _open_tiff(source: Any, name: str, choice: Any, stack: ExitStack) -> Scene:
         check_upright(page.tags.valueof(ORIENTATION, 1))
         parts = zip(page.dataoffsets, page.databytecounts, strict=True)
         end = max((start + size for start, size in parts), default=0)
-        there = tiff.filehandle.size
-        if end > there:
+        if end > (there := tiff.filehandle.size):
             raise ValueError(f"truncated: {there} of at least {end} bytes are there")
         plain = page.is_memmappable and page.dtype == np.uint8 and page.ndim == 3
         plain = plain and page.planarconfig == 1 and page.photometric in (1, 2)
@@ -271,6 +269,9 @@ def _open_raster(
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
     stack.enter_context(rasterio.Env(**options))
     data = stack.enter_context(rasterio.open(path, driver="GTiff"))
+    for page in data.subdatasets[:_PAGES] if options is _GDAL else ():
+        page = stack.enter_context(rasterio.open(page, driver="GTiff"))
+        data = max(data, page, key=lambda row: row.width * row.height)
     colours = tuple(colour.name for colour in data.colorinterp)
     dtype, palette = data.dtypes[0], None
     if bits := data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):
@@ -293,15 +294,14 @@ def _open_raster(
             raise ValueError(f"truncated or corrupt: {reason}") from error
         return pixels if palette is None else palette[pixels[..., 0]]
 
-    rows, columns = data.block_shapes[0]
-    bytes_a_pixel = data.count * np.dtype(data.dtypes[0]).itemsize
+    block = data.block_shapes[0][0] * max(data.block_shapes[0][1], data.width)
     return Scene(
         name=name,
         height=data.height,
         width=data.width,
         dtype=dtype,
         window=window,
-        held=rows * max(columns, data.width) * bytes_a_pixel,
+        held=block * data.count * np.dtype(data.dtypes[0]).itemsize,
         colours=colours,
         bands=chosen,
         stretch=stretch,

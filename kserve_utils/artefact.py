@@ -177,7 +177,7 @@ def compare(expected: list[dict], found: list[dict], title: str = "different") -
             if not (px <= BOX_TOLERANCE and score <= SCORE_TOLERANCE):  # or NaN
                 raise RuntimeError(
                     f"{title}, picture {index}: a box of label {one['labels'][row]} "
-                    f"moves by {px:.3g} px and {score:.2g} of its score; at most "
+                    f"moves by {px:.6g} px and {score:.6g} of its score; at most "
                     f"{BOX_TOLERANCE} px and {SCORE_TOLERANCE} are taken"
                 )
             apart[:, best] = torch.inf

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import rasterio
 
 CLASSES = {
     9: "ship",
@@ -34,3 +35,30 @@ def write_scenes(folder: Path, count=3, side=600, categories=CLASSES) -> Path:
     path = folder.parent / "labels.json"
     path.write_text(json.dumps(coco))
     return path
+
+
+def write_tiff(path, stored, **options):
+    """(H, W, bands) by GDAL."""
+    height, width, count = stored.shape
+    size = {"height": height, "width": width, "count": count, "dtype": stored.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **size, **options) as file:
+        file.write(stored.transpose(2, 0, 1))
+    return path
+
+
+def write_16_bit_scenes(folder: Path, side=600) -> Path:
+    """TIFF scenes of blue, green, red, infrared, and their COCO file.
+
+    Values are 500 to 10,700, and 0, which is nodata, in a corner.
+    """
+    labels = write_scenes(folder / "png", side=side)
+    coco = json.loads(labels.read_text())
+    (folder / "scenes").mkdir()
+    for image in coco["images"]:
+        bgr = cv2.imread(str(folder / "png" / image["file_name"]))
+        stored = np.dstack([bgr, bgr[..., 0] // 2]).astype(np.uint16) * 40 + 500
+        stored[:5, :5] = 0
+        image["file_name"] = image["file_name"].replace(".png", ".tif")
+        write_tiff(folder / "scenes" / image["file_name"], stored, nodata=0)
+    labels.write_text(json.dumps(coco))
+    return labels

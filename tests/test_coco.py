@@ -31,6 +31,8 @@ def without(what, field):
     return json.dumps(coco)
 
 
+ANOTHER_ID = {**content()["images"][0], "id": 6}
+SAME_FILE = {**content(), "images": [*content()["images"], ANOTHER_ID]}
 TWICE = {**content(), "images": content()["images"] * 2}
 
 
@@ -50,6 +52,7 @@ TWICE = {**content(), "images": content()["images"] * 2}
         (without("annotations", "bbox"), r"required field `bbox` .*annotations\[0\]"),
         (without("categories", "name"), r"required field `name` .*categories\[0\]"),
         (json.dumps(TWICE), "id 5 stands twice in images"),
+        (json.dumps(SAME_FILE), "'a.jpg' stands twice in images: join the two"),
     ],
 )
 def test_broken_file_is_named_with_the_field_and_the_value(tmp_path, text, said):

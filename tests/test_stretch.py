@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import rasterio
-from own_data import write_scenes
+from own_data import write_16_bit_scenes, write_scenes, write_tiff
 from PIL import Image
 
 from e2e_utils.checkpoint import model_from_checkpoint
@@ -25,32 +25,11 @@ from kserve_utils.export import strip_checkpoint
 GRID = {"slice_size": 64, "overlap_ratio": 0.25}
 
 
-def write_tiff(path, stored, **options):
-    """(H, W, bands) by GDAL."""
-    height, width, count = stored.shape
-    size = {"height": height, "width": width, "count": count, "dtype": stored.dtype}
-    with rasterio.open(path, "w", driver="GTiff", **size, **options) as file:
-        file.write(stored.transpose(2, 0, 1))
-    return path
-
-
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A folder with scenes of blue, green, red, infrared in 16 bits, and their tiles.
-
-    Values are 500 to 10,700, and 0 where there is none.
-    """
+    """A folder with 16-bit scenes and their tiles."""
     folder = tmp_path_factory.mktemp("deep")
-    labels = write_scenes(folder / "png", side=96)
-    coco = json.loads(labels.read_text())
-    (folder / "scenes").mkdir()
-    for image in coco["images"]:
-        bgr = cv2.imread(str(folder / "png" / image["file_name"]))
-        stored = np.dstack([bgr, bgr[..., 0] // 2]).astype(np.uint16) * 40 + 500
-        stored[:5, :5] = 0
-        image["file_name"] = image["file_name"].replace(".png", ".tif")
-        write_tiff(folder / "scenes" / image["file_name"], stored, nodata=0)
-    labels.write_text(json.dumps(coco))
+    labels = write_16_bit_scenes(folder, side=96)
     options = {**GRID, "bands": (3, 2, 1), "percentile": 1}
     prepare_tiles(folder / "scenes", labels, folder / "tiles", **options)
     return folder

@@ -114,6 +114,7 @@ def test_tiles_of_other_sizes_or_classes_do_not_enter_a_folder(own, tmp_path):
         ({"slice_size": 400}, "512 px with overlap 0.25, not 400 px"),
         ({"slice_size": float("inf")}, "slice_size is inf; give a whole number"),
         ({"min_area_ratio": 5}, "min_area_ratio is 5"),
+        ({"pixel_size": -0.3}, "pixel_size is -0.3; give metres"),
         ({"val_coco": "boats"}, "category 5 is 'boat' in train and 'crane'"),
     ],
 )

@@ -509,7 +509,9 @@ def test_a_recipe_with_another_model_leaves_weights_and_settings_to_it():
     assert made.lr == RECIPES["sample"]["lr"]
     made = from_recipe("sample", "tiles", "out", epochs=5, steps="recipe")
     assert (made.epochs, made.steps) == (5, None)
-    from_recipe("xview", "tiles", "out").settings.clear()
+    made = from_recipe("xview", "tiles", "out", 512)
+    assert (made.settings["min_size"], made.settings["max_size"]) == (512, 512)
+    made.settings.clear()
     assert RECIPES["xview"]["settings"]
     with pytest.raises(
         ValueError, match="recipe must be one of sample, xview, got 'x'"

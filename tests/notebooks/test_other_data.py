@@ -3,7 +3,7 @@
 What is changed is where things are, and how long a training is. The notebooks have no
 label of our own data, no size and no class in them: three classes with the ids 1, 5 and
 9 on PNG scenes of strange names, cut into tiles of 512 px; and a folder shaped like
-xView, with the recipe for it.
+xView, with the recipe for it; and 16-bit TIFFs of four bands, blue first.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import python
-from own_data import write_scenes
+from own_data import write_16_bit_scenes, write_scenes
 
 from sample_data.dataset import draw_dataset
 
@@ -31,7 +31,10 @@ SHORT = {
     },
 }
 # No network: no COCO weights
-SHORT_XVIEW = {"03": {"steps": 2, "eval_steps": 2, "workers": 0, "weights": None}}
+SHORT_XVIEW = {
+    "03": {"steps": 2, "eval_steps": 2, "workers": 0, "weights": None},
+    "04": SHORT["04"],
+}
 
 
 def commands(run_name: str) -> list[list[str]]:
@@ -71,7 +74,7 @@ def test_all_notebooks_run_on_pngs_of_other_classes_by_parameters(tmp_path):
 def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
     xview = draw_dataset(tmp_path / "of xView", scenes=2)
     printed = commands("xview")
-    assert [command[1][:2] for command in printed] == ["02", "03"]
+    assert [command[1][:2] for command in printed] == ["02", "03", "04", "05"]
     for command in printed:
         paths = {"/path/to/xview": xview, "../runs": tmp_path}
         execute(command, paths, SHORT_XVIEW)
@@ -79,3 +82,16 @@ def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
     assert (
         results["step"] == 2 and results["corner_boxes"] == results["sahi_corner_boxes"]
     )
+
+
+def test_scenes_of_16_bits_and_other_bands_run_by_parameters(tmp_path):
+    labels = write_16_bit_scenes(tmp_path / "deep")
+    paths = {"/path/to/scenes": labels.parent / "scenes"}
+    paths |= {"/path/to/labels.json": labels, "../runs": tmp_path}
+    printed = commands("deep")
+    assert [command[1][:2] for command in printed] == ["02", "03"]
+    for command in printed:
+        execute(command, paths, SHORT)
+    stretch = json.loads((tmp_path / "deep" / "tiles" / "tiles.json").read_text())
+    assert stretch["stretch"]["bands"] == [3, 2, 1]
+    assert (tmp_path / "deep" / "training" / "results.json").exists()
