@@ -205,7 +205,8 @@ def _open_array(pixels: np.ndarray) -> Scene:
             f"an image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}"
         )
     window = lambda x1, y1, x2, y2: pixels[y1:y2, x1:x2]  # noqa: E731
-    return Scene("the image", *pixels.shape[:2], "uint8", window, pixels.nbytes)
+    height, width, _ = pixels.shape
+    return Scene("the image", height, width, "uint8", window, pixels.nbytes)
 
 
 def _open_other(source: Any, name: str) -> Scene:
@@ -265,8 +266,7 @@ def _open_raster(
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-    # a picture that lies nowhere on Earth is no mistake here
-    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)  # it need lie nowhere
     stack.enter_context(rasterio.Env(**options))
     data = stack.enter_context(rasterio.open(path, driver="GTiff"))
     for page in data.subdatasets[:_PAGES] if options is _GDAL else ():
