@@ -1,20 +1,22 @@
 """Pictures of what a detector found right, found falsely, and missed.
 
-Copy: this file, visualize.py, mistakes.py, boxes.py, truth.py, coco.py and files.py.
+Copy: this file, visualize.py, mistakes.py, boxes.py, truth.py, coco.py, files.py,
+scenes.py, images.py and stretch.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from .mistakes import box_array, right_false_missed
-from .visualize import COLORS, scaled, show
+from .mistakes import KINDS, box_array, mistakes, right_false_missed
+from .scenes import read_rgb
+from .visualize import COLORS, Color, as_hex, axes, close_up, rectangles, scaled, show
 
 WORDS = {"right": "found right", "false": "false", "missed": "missed"}
 
@@ -59,7 +61,9 @@ def draw_matches(
     seen = (labelled[:, 2:] > labelled[:, :2]).all(axis=1)
     truth = {"boxes": labelled[seen], "labels": np.asarray(truth["labels"])[seen]}
     kinds = right_false_missed(truth, found, score_threshold, iou_threshold)
-    canvas, drawn, labels = scaled(image[y1:y2, x1:x2], scale), [], {}
+    canvas, labels = scaled(image[y1:y2, x1:x2], scale), {}
+    drawn: list[list[int]] = []
+    colors: list[Color] = []
     for kind, pairs in kinds.items():
         boxes, index = (truth, 1) if kind == "missed" else (found, 0)
         corners = box_array(boxes)[pairs[:, index]] - [x1, y1, x1, y1]
@@ -67,11 +71,9 @@ def draw_matches(
         inside = near.all(axis=1)
         labels[kind] = np.asarray(boxes["labels"])[pairs[inside, index]].tolist()
         corners = np.round(corners[inside] * scale).astype(int)
-        drawn += [(box[:2], box[2:], COLORS[kind]) for box in corners.tolist()]
-    for low, high, _ in drawn:  # dark edges first: no ground hides a line
-        cv2.rectangle(canvas, low, high, (0, 0, 0), 4)
-    for low, high, color in drawn:
-        cv2.rectangle(canvas, low, high, color, 2)
+        drawn += corners.tolist()
+        colors += [COLORS[kind]] * len(corners)
+    rectangles(canvas, np.reshape(drawn, (-1, 4)), colors)
     return canvas, labels
 
 
@@ -84,6 +86,7 @@ def show_matches(
     *,
     columns: int | None = None,
     width: float = 9.0,
+    alt: str = "",
     **options: Any,
 ) -> tuple[Figure, dict[str, int]]:
     """Pictures with what was found right, found falsely and missed, and how many.
@@ -94,7 +97,7 @@ def show_matches(
         class_names: name of each label, the background first. With them the legend
             names the classes that are false or missed most often.
         titles: one for each picture, before its counts.
-        columns, width: see `visualize.show`.
+        columns, width, alt: see `visualize.show`.
         options: score_threshold, iou_threshold, window, scale of `draw_matches`.
 
     Returns:
@@ -118,5 +121,94 @@ def show_matches(
         most = total[kind].most_common(3) if class_names and kind != "right" else []
         names = ", ".join(f"{class_names[label]} {n}" for label, n in most)
         legend[f"{word} ({names})" if names else word] = COLORS[kind]
-    figure = show(pictures, heads, columns=columns, width=width, legend=legend)
+    how: dict = {"columns": columns, "width": width, "legend": legend, "alt": alt}
+    figure = show(pictures, heads, **how)
     return figure, {kind: sum(counts.values()) for kind, counts in total.items()}
+
+
+def show_mistakes(
+    kinds: Mapping[str, np.ndarray],
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    image_dir: str | Path,
+    *,
+    columns: int = 3,
+    stretch: Any = None,
+) -> Figure:
+    """One mistake of each kind, the surest first: labelled in white, found in red.
+
+    Args:
+        kinds: of `mistakes.mistakes`.
+        ground_truth: content of the COCO file that it was given.
+        detections: the COCO results that it was given.
+        image_dir: folder of the file's scenes.
+        columns: pictures in a row.
+        stretch: of scenes of more than 8 bits, see `scenes.open_scene`.
+    """
+    files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
+    names = {row["id"]: row["name"] for row in ground_truth["categories"]}
+    pictures, titles = [], []
+    for kind in KINDS:
+        if kind == "correct" or not len(kinds[kind]):
+            continue
+        of_found, of_label = kinds[kind][0].tolist()
+        found = detections[of_found] if of_found >= 0 else None
+        label = ground_truth["annotations"][of_label] if of_label >= 0 else None
+        either = found or label or {}
+        pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
+        pictures.append(close_up(pixels, _corners(label), _corners(found)))
+        titles.append(f"{kind}: {names[either['category_id']]}")
+    legend = {"labelled": COLORS["labelled"], "found": COLORS["false"]}
+    return show(pictures, titles, columns=columns, legend=legend)
+
+
+def _corners(row: Mapping[str, Any] | None) -> list[float] | None:
+    if row is None:
+        return None
+    x, y, width, height = row["bbox"]
+    return [x, y, x + width, y + height]
+
+
+def precision_recall(
+    ground_truth: str | Path | dict,
+    detections: list[dict],
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+) -> Figure:
+    """Precision over recall of all classes together, with a score threshold marked.
+
+    Args:
+        ground_truth: a COCO file or its content.
+        detections: COCO results, from a low score up.
+        score_threshold: that of the mark, 0..1.
+        iou_threshold: from which on a detection of the right class is right.
+    """
+    kinds = mistakes(ground_truth, detections, 0.0, iou_threshold)
+    scores = np.array([row["score"] for row in detections])
+    right = np.zeros(len(scores), bool)
+    right[kinds["correct"][:, 0]] = True
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order])
+    precision = hits / np.arange(1, len(order) + 1)
+    recall = hits / max(1, _objects(ground_truth))
+    figure, (axis,) = axes(5.5, 3.6)
+    axis.plot(recall, precision, color=as_hex(COLORS["plain"]))
+    at = int((scores >= score_threshold).sum()) - 1
+    said = "no box reaches it"
+    if at >= 0:
+        x, y = recall[at], precision[at]
+        said = f"recall {x:.2f}, precision {y:.2f}"
+        axis.plot([x], [y], "o", color=as_hex(COLORS["score"]))
+        where: dict = {"xytext": (-8, -8), "textcoords": "offset points"}
+        where |= {"ha": "right", "va": "top"}
+        axis.annotate(f"score {score_threshold:g}\n{said}", (x, y), **where)
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    figure.set_label(f"precision over recall; at a score of {score_threshold:g} {said}")
+    return figure
+
+
+def _objects(ground_truth: str | Path | dict) -> int:
+    """How many objects can be found: crowds, and labels outside, are none."""
+    none = mistakes(ground_truth, [])
+    return len(none["missed"])

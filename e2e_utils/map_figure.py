@@ -41,4 +41,5 @@ def map_figure(
     axis.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
     axis.ticklabel_format(useOffset=False, style="plain")
     axis.tick_params(axis="x", rotation=20)
+    figure.set_label(f"a scene with {names[0]} and {names[1]} on its axes")
     return figure

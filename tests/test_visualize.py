@@ -1,18 +1,28 @@
+import cv2
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from e2e_utils.compare import draw_matches, show_matches
+from e2e_utils.charts import bars, confusion, histogram, learning_curve, lines
+from e2e_utils.compare import (
+    draw_matches,
+    precision_recall,
+    show_matches,
+    show_mistakes,
+)
+from e2e_utils.grid import tile_grid
+from e2e_utils.mistakes import mistakes
+from e2e_utils.tile_figure import show_grid, show_shared
 from e2e_utils.visualize import (
     COLORS,
-    bars,
     class_color,
     close_up,
-    confusion,
     draw_boxes,
-    learning_curve,
     show,
     show_boxes,
+    table,
 )
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 61))]
@@ -43,6 +53,11 @@ def test_the_figures_are_made():
     assert right.lines[0].get_xydata().tolist() == [[2, 0.5]]
     axis = bars({"class 3": 5, "class 9": 50}, "objects", class_names=NAMES).axes[0]
     assert [p.get_width() for p in axis.patches] == [5, 50]
+    assert "class 9 50" in bars({"class 9": 50}, "x", form="{:.0f}").get_label()
+    figure = histogram([1, 2, 3], "objects", "tiles", marks={"cap": 2})
+    assert figure.axes[0].lines[0].get_xdata() == [2, 2]
+    figure = lines({"a": ([1, 2], [3, 4]), "b": ([1], [2])}, "x", "y", ends={"a": "x"})
+    assert len(figure.axes[0].lines) == 3 and figure.get_label() == "y against x: a, b"
 
 
 def test_a_confusion_matrix_shows_the_classes_that_occur_and_background_last():
@@ -114,3 +129,79 @@ def test_boxes_from_a_threshold_up_are_shown_with_their_classes_in_the_legend():
     assert of_truth[5, 50].tolist() == list(class_color(1)), "all that has no score"
     assert of_found[30, 50].tolist() == list(class_color(3))
     assert of_found[5, 15].max() == 0, "below the threshold"
+
+
+SCENE = np.full((300, 500, 3), 120, np.uint8)
+GRID = tile_grid(300, 500, 200, 0.25)
+
+
+def test_the_grid_shows_one_tile_and_what_it_shares():
+    figure = show_grid(SCENE, GRID, 0, width=500)
+    picture = figure.axes[0].images[0].get_array()
+    own, shared, outside = picture[50, 50], picture[75, 175], picture[250, 450]
+    assert own.tolist() == [120] * 3 and shared[0] > 150 and outside[2] > 150
+    assert "6 tiles" in figure.get_label()
+
+
+def test_an_object_that_borders_cut_is_shown_in_each_of_its_tiles():
+    boxes = [[10, 10, 30, 30], [180, 20, 260, 60]]
+    figure = show_shared(SCENE, GRID, boxes, [1, 2], NAMES)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["class 2, 25% of it", "class 2, 100% of it"]
+    with pytest.raises(ValueError, match="none of the 1 objects is cut"):
+        show_shared(SCENE, GRID, boxes[:1], [1], NAMES)
+
+
+def coco_of_two_cars():
+    """Ground truth of one scene, and detections: right, beside nothing, on a car again.
+
+    By hand: precision 1, 1/2, 1/3 and recall 1/2 throughout.
+    """
+    rows = [[0, 0, 10, 10], [50, 50, 10, 10]]
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 100, "width": 100}],
+        "categories": [{"id": 7, "name": "car"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 7, "bbox": box}
+            for i, box in enumerate(rows)
+        ],
+    }
+    found = [
+        {"image_id": 1, "category_id": 7, "bbox": box, "score": score}
+        for box, score in ((rows[0], 0.9), ([80, 0, 9, 9], 0.8), (rows[0], 0.3))
+    ]
+    return coco, found
+
+
+def test_precision_over_recall_is_that_of_the_matching_and_marks_the_threshold():
+    coco, found = coco_of_two_cars()
+    figure = precision_recall(coco, found[::-1], 0.5)
+    curve, mark = figure.axes[0].lines
+    assert curve.get_ydata() == pytest.approx([1, 1 / 2, 1 / 3])
+    assert curve.get_xdata() == pytest.approx([1 / 2] * 3)
+    assert mark.get_xydata().tolist() == [[0.5, 0.5]]
+    assert "no box reaches it" in precision_recall(coco, found, 0.95).get_label()
+
+
+def test_a_mistake_of_each_kind_is_shown(tmp_path):
+    coco, found = coco_of_two_cars()
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((100, 100, 3), 90, np.uint8))
+    figure = show_mistakes(mistakes(coco, found, 0.2), coco, found, tmp_path)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["duplicate: car", "background: car", "missed: car"]
+
+
+def test_a_table_aligns_numbers_to_the_right():
+    lines = table(["", "AP50"], [["car", 0.5], ["bus", None]]).data.split("\n")
+    assert lines == ["|  | AP50 |", "| --- | ---: |", "| car | 0.5 |", "| bus |  |"]
+
+
+def test_pictures_of_a_notebook_have_alternative_texts(tmp_path):
+    code = (
+        "from e2e_utils import visualize as v\nimport numpy as np\nv.notebook_style()"
+    )
+    code += "\nv.show(np.zeros((9, 9, 3), np.uint8), alt='a black square')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.metadata["image/jpeg"] == {"alt": "a black square"}

@@ -1,0 +1,152 @@
+"""Charts: a learning curve, bars, a histogram, lines, a confusion matrix.
+
+Copy: this file and visualize.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .visualize import COLORS, as_hex, axes, class_color
+
+
+def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
+    """Loss and a validation score against the step.
+
+    Args:
+        records: lines of metrics.jsonl: {"step", "loss", ...} or {"step", score, ...}.
+        score: the key of the validation score, 0..1.
+    """
+    figure, (left, right) = axes(9, 3.2, columns=2)
+    for axis, key, marks, color in (
+        (left, "loss", "-", "plain"),
+        (right, score, "o-", "score"),
+    ):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        axis.plot(*zip(*points, strict=True), marks, color=as_hex(COLORS[color]))
+        axis.grid(alpha=0.3)
+    left.set(xlabel="step", ylabel="loss (mean of 20 steps)", ylim=(0, None))
+    right.set(xlabel="step", ylabel=f"{score}, validation tiles", ylim=(0, 1))
+    last = [r[score] for r in records if r.get(score) is not None][-1:]
+    ends = f", {last[0]:.2f} at the end" if last else ""
+    figure.set_label(f"the loss and the {score} against the step{ends}")
+    return figure
+
+
+def bars(
+    values: dict[str, float],
+    xlabel: str,
+    *,
+    class_names: Sequence[str] = (),
+    log: bool = False,
+    form: str = "{:.2f}",
+) -> Figure:
+    """Horizontal bars, largest first, each with its value.
+
+    Args:
+        values: name -> value.
+        xlabel: what the bars measure, with its unit.
+        class_names: colours the bars as in `draw_boxes` where names are classes.
+        log: logarithmic axis.
+        form: format of the values beside the bars.
+    """
+    order = sorted(values, key=values.__getitem__)
+    colors = [
+        class_color(list(class_names).index(name))
+        if name in class_names
+        else COLORS["plain"]
+        for name in order
+    ]
+    figure, (axis,) = axes(7.5, 0.7 + 0.28 * len(order))
+    drawn = axis.barh(
+        order, [values[name] for name in order], color=list(map(as_hex, colors))
+    )
+    axis.bar_label(drawn, [form.format(values[n]) for n in order], padding=3, size=9)
+    axis.set(xlabel=xlabel, xscale="log" if log else "linear")
+    axis.margins(x=0.12)
+    told = ", ".join(f"{name} {form.format(values[name])}" for name in order[::-1])
+    figure.set_label(f"{xlabel}: {told}")
+    return figure
+
+
+def histogram(
+    values: Iterable[float], xlabel: str, ylabel: str, *, marks: Mapping[str, float]
+) -> Figure:
+    """How often values occur, with vertical lines at some of them.
+
+    Args:
+        values: numbers.
+        xlabel, ylabel: of the axes.
+        marks: {what the line means: where it stands}.
+    """
+    figure, (axis,) = axes(7.5, 2.6)
+    values = list(values)
+    axis.hist(values, bins=30, color=as_hex(COLORS["plain"]))
+    for text, value in marks.items():
+        axis.axvline(value, color=as_hex(COLORS["score"]), label=f"{text}: {value:g}")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.set_label(f"histogram of {xlabel}, {min(values):g} to {max(values):g}")
+    return figure
+
+
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    ends: Mapping[str, str] | None = None,
+    **axis_options: object,
+) -> Figure:
+    """Curves in one pair of axes, with a legend if there are several.
+
+    Args:
+        curves: {name: (values of x, values of y)}.
+        xlabel, ylabel: of the axes.
+        ends: {name: a matplotlib marker for the last point of that curve}.
+        axis_options: of matplotlib's `Axes.set`, such as ylim or xscale.
+    """
+    figure, (axis,) = axes(7.5, 2.8)
+    for name, (x, y) in curves.items():
+        (line,) = axis.plot(x, y, label=name)
+        if ends and name in ends:
+            axis.plot(x[-1:], y[-1:], ends[name], color=line.get_color())
+    axis.set(xlabel=xlabel, ylabel=ylabel, **axis_options)
+    if len(curves) > 1:
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.set_label(f"{ylabel} against {xlabel}: {', '.join(curves)}")
+    return figure
+
+
+def confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """A confusion matrix, each row as shares of the objects of its class.
+
+    Args:
+        matrix: int (C + 1, C + 1) of `e2e_utils.mistakes.confusion_matrix`, the
+            background first. Classes without an object or a detection are left out.
+        names: of the C + 1 rows.
+    """
+    matrix = np.asarray(matrix)
+    present = np.flatnonzero((matrix + matrix.T)[1:].sum(axis=1)) + 1
+    order = [*present.tolist(), 0]  # what was missed and made up closes the table
+    part = matrix[np.ix_(order, order)]
+    shares = part / np.maximum(part.sum(axis=1, keepdims=True), 1)
+    size = min(11.0, 2.5 + 0.38 * len(order))
+    figure, (axis,) = axes(size, size * 0.9)
+    axis.spines[:].set_visible(True)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = [names[i] for i in order]
+    axis.set_xticks(range(len(order)), ticks, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(order)), ticks, fontsize=8)
+    axis.set(xlabel="found", ylabel="labelled")
+    if len(order) <= 25:
+        for row, column in np.argwhere(part):
+            ink = "white" if shares[row, column] > 0.5 else "black"
+            where = {"ha": "center", "va": "center", "color": ink, "size": 7}
+            axis.text(column, row, str(part[row, column]), **where)
+    kinds = [f"{names[i]} {shares[k, k]:.0%}" for k, i in enumerate(order[:-1])]
+    figure.set_label("confusion matrix; on the diagonal " + ", ".join(kinds))
+    return figure
