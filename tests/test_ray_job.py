@@ -1,17 +1,14 @@
 """`ray job submit` to a cluster of a head and a second node, both on loopback."""
 
-import contextlib
 import os
+import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import pytest
 import requests
 import torch
@@ -19,92 +16,40 @@ from commands import run
 from serving import ROOT, checkpoint
 
 from e2e_utils.checkpoint import model_from_checkpoint
-from kserve_utils.servers import _free_ports
+from kserve_utils import servers
 
 pytest.importorskip("ray")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="one loopback address there"),
+]
 RAY = Path(sys.executable).with_name("ray")
-PATIENCE = 120  # seconds for what takes five on idle cores
+# Loopback as well. 127.0.0.1 Ray would replace by the machine's address in its network.
+ADDRESSES = ("127.0.0.2", "127.0.0.3")
+TOKEN = secrets.token_hex(16)  # some of its ports are open on every address
 ENVIRONMENT = {
     "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # the job says `python`
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ADDRESS": None,  # of somebody's own cluster
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": None,  # the code comes with the job
+    "PYTHONPATH": "",  # the code comes with the job
 }
 
 
 def get(address: str) -> requests.Response | None:
-    with contextlib.suppress(requests.RequestException):
-        return requests.get(address, timeout=10)
-    return None
-
-
-def wait_for(what: str, true, logs: list[Path]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not true():
-        if time.monotonic() > end:
-            told = "\n".join(log.read_text(errors="replace") for log in logs)
-            pytest.fail(f"no {what} after {PATIENCE} s:\n{told}")
-        time.sleep(0.2)
-
-
-def tree(process: subprocess.Popen) -> set[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        own = psutil.Process(process.pid)
-        return {own, *own.children(recursive=True)}
-    return set()
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """The dashboard's address of a Ray of two nodes with one CPU each.
-
-    Nothing outside is touched: all ports are free ones, and what is stopped at the end
-    are the processes below the two that were started here.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="r"))  # short: sockets go there
-    gcs, dashboard, client, *others = _free_ports(11)
-    url = f"http://127.0.0.1:{dashboard}"
-    names = ["agent-listen", "agent-grpc"]
-    names = [f"dashboard-{name}" for name in names] + ["metrics-export"]
-    names += ["runtime-env-agent"]
-    head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    head += ["--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
-    head += ["--include-dashboard=true", f"--temp-dir={folder}"]
-    env = {**os.environ, **ENVIRONMENT}
-    env = {name: value for name, value in env.items() if value is not None}
-    nodes, logs = [], []
+    headers = {"Authorization": f"Bearer {TOKEN}"}
     try:
-        for special in (head, [f"--address=127.0.0.1:{gcs}"]):
-            ports = [f"--{name}-port={others.pop()}" for name in names]
-            command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
-            command += ["--num-cpus=1", "--object-store-memory=100000000"]
-            logs.append(folder / f"node-{len(nodes)}.log")
-            with logs[-1].open("wb") as log:
-                node = subprocess.Popen(
-                    [*command, *special, *ports],
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            nodes.append(node)
-            if special is head:
-                wait_for("dashboard", lambda: get(f"{url}/api/version"), logs)
-        wait_for("second node", lambda: len(alive(url)) == 2, logs)
-        yield url
-    finally:
-        started = set().union(*map(tree, nodes))
-        for process in started:  # `ray stop` would stop every Ray of this machine
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(started, timeout=30)
-        for node in nodes:
-            node.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+        return requests.get(address, headers=headers, timeout=10)
+    except requests.RequestException:
+        return None
+
+
+def listed(url: str, what: str) -> list[dict]:
+    """Rows of Ray's state API."""
+    answer = get(f"{url}/api/v0/{what}?limit=1000")
+    return answer.json()["data"]["result"]["result"] if answer and answer.ok else []
 
 
 def alive(url: str) -> set[str]:
@@ -112,10 +57,35 @@ def alive(url: str) -> set[str]:
     return {row["node_id"] for row in listed(url, "nodes") if row["state"] == "ALIVE"}
 
 
-def listed(url: str, what: str) -> list[dict]:
-    """Rows of Ray's state API."""
-    answer = get(f"{url}/api/v0/{what}?limit=1000")
-    return answer.json()["data"]["result"]["result"] if answer and answer.ok else []
+@pytest.fixture(scope="module")
+def cluster():
+    """The dashboard's address of a Ray of two nodes with one CPU each.
+
+    It ends with the tests, whatever becomes of them. All ports are free ones, and no
+    `ray stop` runs, which would stop every Ray of this machine.
+    """
+    gcs, dashboard, client, *others = servers._free_ports(11)
+    url = f"http://127.0.0.1:{dashboard}"
+    names = ["dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export"]
+    names += ["runtime-env-agent"]
+
+    def node(address: str, *flags: str, ready):
+        folder = tempfile.mkdtemp(prefix="r")  # short: sockets go there
+        command = [str(RAY), "start", "--block", f"--node-ip-address={address}"]
+        command += ["--num-cpus=1", "--object-store-memory=100000000", *flags]
+        command += [f"--{name}-port={others.pop()}" for name in names]
+        command += [f"--temp-dir={folder}"] if "--head" in flags else []
+        environment = {**ENVIRONMENT, "TMPDIR": folder}
+        return servers._running("Ray", command, environment, ready)
+
+    head = ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
+    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    second = f"--address={ADDRESSES[0]}:{gcs}"
+    with (
+        node(ADDRESSES[0], *head, ready=lambda: alive(url)),
+        node(ADDRESSES[1], second, ready=lambda: len(alive(url)) == 2),
+    ):
+        yield url
 
 
 def train(tiles: Path, folder: Path) -> list:
