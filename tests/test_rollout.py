@@ -17,7 +17,7 @@ import pytest
 import requests
 import torch
 from servers import MODEL, gone
-from serving import ROOT, SETTINGS, checkpoint, decode, jpeg
+from serving import NAMES, ROOT, checkpoint, decode, jpeg
 
 from e2e_utils.models import build_model
 from kserve_utils.artefact import write_artefact
@@ -29,8 +29,10 @@ sys.path.append(str(ROOT / "benchmarks"))  # at the end: tests have the same nam
 from served.load import body_of, load  # noqa: E402
 
 pytestmark = pytest.mark.slow
-PERIOD = 0.5  # seconds between two questions whether a backend is ready
+PERIOD = 0.2  # seconds between two questions whether a backend is ready
 CLIENTS, EACH = 8, 125
+SETTINGS = {"min_size": 64, "max_size": 64, "box_score_thresh": 0.017}
+SETTINGS |= {"rpn_pre_nms_top_n_test": 8, "rpn_post_nms_top_n_test": 4}
 
 
 class Service(ThreadingHTTPServer):
@@ -121,12 +123,9 @@ def service():
 def small(tmp_path_factory):
     """An artefact whose pictures of 64 px take a few milliseconds."""
     folder = tmp_path_factory.mktemp("small")
-    settings = {**SETTINGS, "min_size": 64, "max_size": 64}
-    content = {**checkpoint(), "settings": settings, "tile_size": 64}
-    names = content["class_names"]
-    content["model"] = build_model("fasterrcnn_small", len(names), **settings)
-    content["model"] = content["model"].state_dict()
-    torch.save(content, folder / "best.pt")
+    content = {**checkpoint(), "settings": SETTINGS, "tile_size": 64}
+    model = build_model("fasterrcnn_small", len(NAMES), **SETTINGS)
+    torch.save({**content, "model": model.state_dict()}, folder / "best.pt")
     stripped = strip_checkpoint(folder / "best.pt", folder / "stripped.pth")
     tiles = [decode(jpeg(64, 64, seed=seed)) for seed in (1, 2)]
     return write_artefact(stripped, folder / "artefact", tiles=tiles)
@@ -147,7 +146,7 @@ def test_no_request_is_lost_while_a_new_version_takes_over(small, service):
     def put_load() -> None:
         found.update(load(url, MODEL, bodies, CLIENTS, EACH))
 
-    flags = {"engine": "openvino", "drain_delay": 2 * PERIOD}
+    flags = {"engine": "openvino", "drain_delay": 3}  # s, as in the manifest
     with predictor(small, **flags) as old, predictor(small, **flags) as new:
         service.backends.append(old)
         until(lambda: service.ready == [old], "the old version is not ready")
