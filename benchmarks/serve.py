@@ -4,6 +4,12 @@
     python benchmarks/serve.py --quick    # fasterrcnn_small: three minutes
     python benchmarks/serve.py --checkpoint runs/demo/training/best.pt \\
         --tiles runs/demo/tiles           # one's own detector and labelled tiles
+    python benchmarks/serve.py --url http://localhost:8080 \\
+        --host xview-predictor-default.example.com --clients 8 --requests 50
+
+The last puts load to a server that runs somewhere, a predictor in a cluster behind its
+gateway or TorchServe, and prints pictures a second, what a client waits, and errors by
+kind: nothing is started or compared. Without --url:
 
 Real servers on loopback, all up at once and asked in turns, in four rounds of which the
 best one counts, because a neighbour on shared cores takes a third of a round: one
@@ -27,157 +33,44 @@ pages counted in parts (PSS).
 """
 
 import argparse
-import base64
 import contextlib
-import io
 import json
 import os
 import platform
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
-import numpy as np
 import psutil
-import requests
 import torch
-from PIL import Image
+from served.claims import (
+    CLIENTS,
+    ap_claim,
+    claims_of,
+    show_claims,
+    show_targets,
+    verdict,
+)
+from served.load import body_of, load, measure_url
+from served.subject import (
+    Subject,
+    decode,
+    drawn,
+    own,
+    self_labelled,
+    trained,
+    untrained,
+)
 
-from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import native_precisions
-from e2e_utils.models import build_model
-from e2e_utils.predict import predict_image
-from e2e_utils.tile_set import describe_split, read_tile_set
-from e2e_utils.train import fit
 from kserve_utils.approve import MAX_DROP, approve_precision
 from kserve_utils.artefact import write_artefact
 from kserve_utils.client import predict_remote
-from kserve_utils.engines import load_engine, read_artefact
-from kserve_utils.export import strip_checkpoint, write_mar, write_model_store
+from kserve_utils.engines import read_artefact
+from kserve_utils.export import write_mar, write_model_store
 from kserve_utils.servers import predictor, torchserve
 
-SIZE, MODEL, CLIENTS = 320, "xview-fasterrcnn", 8
-TARGETS = {"fp32": 1.4, "bf16": 4.0}  # times TorchServe's images/s at eight clients
-
-
-class Subject(NamedTuple):
-    """What is served: its stripped checkpoint, pictures, and labelled tiles if any."""
-
-    stripped: Path
-    pictures: list[bytes]
-    labelled: tuple[Path, Path] | None  # COCO file, folder
-
-
-def texture(rng: np.random.Generator) -> np.ndarray:
-    """uint8 (320, 320, 3) with texture from 64 px down to single pixels."""
-    pixels = np.full((SIZE, SIZE, 3), 110, np.float32)
-    for cell, strength in ((64, 40), (16, 25), (4, 14), (1, 4)):
-        noise = rng.normal(0, strength, (SIZE // cell, SIZE // cell, 3))
-        pixels += cv2.resize(noise.astype(np.float32), (SIZE, SIZE))
-    return np.clip(pixels, 0, 255).astype(np.uint8)
-
-
-def draw_tiles(path: Path, folder: Path, count: int, seed: int) -> None:
-    """Tiles with twelve shapes each, 12 to 39 px, and their COCO file."""
-    rng, names = np.random.default_rng(seed), ("square", "bar", "disc")
-    coco = {"images": [], "annotations": []}
-    coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(names)]
-    folder.mkdir(parents=True)
-    for image_id in range(1, count + 1):
-        pixels = texture(rng)
-        for _ in range(12):
-            kind, side = int(rng.integers(0, 3)), int(rng.integers(12, 40))
-            width, height = side, side // 3 if kind == 1 else side
-            x, y = (int(v) for v in rng.integers(0, SIZE - 40, 2))
-            shape = np.ones((height, width), bool)
-            if kind == 2:
-                up, across = np.ogrid[:side, :side]
-                off = np.hypot(up - (side - 1) / 2, across - (side - 1) / 2)
-                shape = off <= side / 2
-            pixels[y : y + height, x : x + width][shape] = rng.integers(150, 256, 3)
-            row = {"id": len(coco["annotations"]) + 1, "image_id": image_id}
-            row |= {"category_id": kind, "bbox": [x, y, width, height], "iscrowd": 0}
-            coco["annotations"].append({**row, "area": width * height})
-        name = f"{image_id}.jpg"
-        (folder / name).write_bytes(jpeg(pixels))
-        size = {"height": SIZE, "width": SIZE}
-        coco["images"].append({"id": image_id, "file_name": name, **size})
-    path.write_text(json.dumps(coco))
-
-
-def trained(folder: Path) -> Subject:
-    """fasterrcnn_small after 120 steps on drawn tiles."""
-    config = TrainConfig(str(folder), str(folder / "run"), steps=120)
-    config.settings = {"min_size": SIZE, "max_size": SIZE}
-    config.amp, config.eval_steps = "off", 120  # what bf16 costs is asked of serving
-    for split, count, seed in (("train", 40, 0), ("val", 16, 1)):
-        images, path = folder / split, folder / f"{split}.json"
-        draw_tiles(path, images, count, seed)
-        describe_split(folder, split, images, path, tile_size=SIZE, overlap=0.0)
-    fit(config, progress=False)
-    return own(folder / "run" / "best.pt", folder, folder)
-
-
-def own(checkpoint: Path, tiles: Path, folder: Path) -> Subject:
-    """A checkpoint of e2e_utils.train and the validation tiles below `tiles`."""
-    stripped = strip_checkpoint(checkpoint, folder / "stripped.pth")
-    images, path = read_tile_set(tiles).split("val")
-    rows = json.loads(path.read_text())["images"]
-    some = [rows[i * len(rows) // 8]["file_name"] for i in range(8)]
-    return Subject(stripped, [(images / n).read_bytes() for n in some], (path, images))
-
-
-def untrained(name: str, folder: Path) -> Subject:
-    """Random weights whose class scores are spread until some boxes are found."""
-    torch.manual_seed(0)
-    settings = {"min_size": SIZE, "max_size": SIZE}
-    classes = ["background"] + [f"class {i}" for i in range(1, 61)]
-    model = build_model(name, len(classes), **settings)
-    # Some boxes, no ties: of equal scores, chance decides which box stays.
-    model.roi_heads.box_predictor.cls_score.weight.data.mul_(2)
-    model.roi_heads.box_predictor.cls_score.bias.data[0] = 2.4
-    content = {"model": model.state_dict(), "architecture": name, "settings": settings}
-    content |= {"class_names": classes, "tile_size": SIZE, "overlap": 0.2}
-    torch.save(content, folder / "untrained.pt")
-    stripped = strip_checkpoint(folder / "untrained.pt", folder / "stripped.pth")
-    rng = np.random.default_rng(1)
-    return Subject(stripped, [jpeg(texture(rng)) for _ in range(8)], None)
-
-
-def jpeg(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=92)
-    return file.getvalue()
-
-
-def decode(content: bytes) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-def self_labelled(artefact: Path, pictures: list[bytes], folder: Path) -> tuple:
-    """Pictures labelled with what the detector itself finds: for a detector that knows
-    nothing, so that it may be served in a lower precision at all."""
-    model, meta = load_engine(artefact)
-    names = [{"id": i, "name": n} for i, n in enumerate(meta["class_names"][1:])]
-    coco = {"images": [], "annotations": [], "categories": names}
-    for index, content in enumerate(pictures, start=1):
-        pixels = decode(content)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        coco["images"].append({"id": index, "file_name": f"{index}.png", **size})
-        found = predict_image(model, pixels)
-        for (x1, y1, x2, y2), label in zip(
-            found["boxes_xyxy"].tolist(), found["labels"].tolist(), strict=True
-        ):
-            row = {"id": len(coco["annotations"]) + 1, "image_id": index, "iscrowd": 0}
-            row |= {"category_id": label - 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            coco["annotations"].append({**row, "area": (x2 - x1) * (y2 - y1)})
-    (folder / "labels.json").write_text(json.dumps(coco))
-    return folder / "labels.json", folder
+MODEL = "xview-fasterrcnn"
 
 
 def approve(artefact: Path, subject: Subject, folder: Path) -> dict:
@@ -205,39 +98,6 @@ def approve(artefact: Path, subject: Subject, folder: Path) -> dict:
             raise SystemExit(f"error: {error}") from error
         outcomes[engine, precision] = outcome if known else None
     return outcomes
-
-
-def ask(url: str, bodies: list[bytes], count: int, seconds: list[float]) -> None:
-    session = requests.Session()
-    session.trust_env = False  # a proxy does not know this machine's loopback
-    headers = {"Content-Type": "application/json"}
-    for index in range(count):
-        body = bodies[index % len(bodies)]
-        start = time.perf_counter()
-        answer = session.post(url, data=body, headers=headers, timeout=300)
-        seconds.append(time.perf_counter() - start)
-        if answer.status_code != 200:
-            raise RuntimeError(f"{url} answered {answer.status_code}: {answer.text}")
-
-
-def load(base: str, bodies: list[bytes], clients: int, each: int) -> dict:
-    """p50 and p99 in ms and images/s of so many clients with `each` requests."""
-    url, seconds = f"{base}/v1/models/{MODEL}:predict", [[] for _ in range(clients)]
-    threads = [
-        threading.Thread(target=ask, args=(url, bodies[i:] + bodies[:i], each, one))
-        for i, one in enumerate(seconds)
-    ]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    wall = time.perf_counter() - start
-    every = np.array([s for one in seconds for s in one]) * 1000
-    if len(every) != clients * each:
-        sys.exit(f"{url}: {clients * each - len(every)} requests failed")
-    p50, p99 = np.percentile(every, [50, 99])
-    return {"p50": float(p50), "p99": float(p99), "rate": len(every) / wall}
 
 
 def memory(processes: list[psutil.Process]) -> float:
@@ -299,15 +159,23 @@ def start_all(
     return servers
 
 
+def checked(base: str, bodies: list[bytes], clients: int, each: int) -> dict:
+    """`load` of a server of which no request may fail."""
+    found = load(base, MODEL, bodies, clients, each)
+    if found["errors"]:
+        sys.exit(f"{base}: requests failed: {dict(found['errors'])}")
+    return found
+
+
 def measure(servers: dict, bodies: list[bytes], each: int, rounds: int) -> dict:
     """Per server the best round at one client and at eight, and its memory."""
     best: dict = {name: {} for name in servers}
     for base, _ in servers.values():  # every worker's first pictures do not count
-        load(base, bodies, CLIENTS, 3)
+        checked(base, bodies, CLIENTS, 3)
     for _ in range(rounds):
         for name, (base, processes) in servers.items():
             for clients in (1, CLIENTS):
-                found = load(base, bodies, clients, each)
+                found = checked(base, bodies, clients, each)
                 print(
                     f"  {name:<24}{clients:>3} client(s)  p50 {found['p50']:7.0f} ms  "
                     f"p99 {found['p99']:7.0f} ms  {found['rate']:6.2f} images/s",
@@ -320,91 +188,6 @@ def measure(servers: dict, bodies: list[bytes], each: int, rounds: int) -> dict:
     return best
 
 
-def claims_of(
-    name: str, ours: dict, peer_name: str, peer: dict, equal: bool | None
-) -> list:
-    """Rows of --json for one engine; ratio: how many times better than TorchServe."""
-    rows = []
-    for clients in (CLIENTS, 1):
-        for key, unit in (("rate", "images/s"), ("p50", "ms"), ("p99", "ms")):
-            a, b = ours[clients][key], peer[clients][key]
-            what = "images/s" if key == "rate" else key
-            title = f"served {what}, {clients} client(s): {name} / {peer_name}"
-            ratio = a / b if key == "rate" else b / a
-            rows.append((title, unit, a, b, ratio))
-    title = f"memory of the server: {name} / {peer_name}"
-    rows.append((title, "MB", ours["MB"], peer["MB"], peer["MB"] / ours["MB"]))
-    return [
-        {
-            "claim": title,
-            "unit": unit,
-            "ours": round(a, 3),
-            "peer": round(b, 3),
-            "ratio": round(ratio, 3),
-            "equal": equal,
-        }
-        for title, unit, a, b, ratio in rows
-    ]
-
-
-def ap_claim(name: str, outcome: dict) -> dict:
-    """The row of --json that says what a lower precision costs."""
-    engine, precision = name.split()
-    ours, peer = outcome[f"AP_{precision}"], outcome["AP_fp32"]
-    row = {"claim": f"AP on {outcome['tiles']} tiles: {name} / {engine} fp32"}
-    row |= {"unit": "AP", "ours": round(ours, 4), "peer": round(peer, 4)}
-    return {**row, "ratio": round(ours / peer, 3), "equal": outcome["approved"]}
-
-
-def verdict(differ: list[str], outcomes: dict) -> str:
-    """The last line of the output; exits with it if something is not as it should be.
-
-    Args:
-        differ: fp32 servers whose boxes are not TorchServe's.
-        outcomes: of `approve`.
-    """
-    if differ:
-        sys.exit(f"the servers differ: {', '.join(differ)}, boxes against TorchServe")
-    lines = ["fp32: the boxes of every engine are TorchServe's"]
-    for (engine, precision), outcome in outcomes.items():
-        name = f"{precision} of {engine}"
-        if outcome is None:
-            lines.append(f"{name}: its cost is not compared, the detector is untrained")
-            continue
-        figures = f"AP {outcome[f'AP_{precision}']:.4f}, fp32 {outcome['AP_fp32']:.4f}"
-        if not outcome["approved"]:
-            sys.exit(f"{name} costs more than {MAX_DROP} of AP: {figures}; not served")
-        lines.append(f"{name}: {figures}, approved")
-    return "; ".join(lines)
-
-
-def show_claims(claims: list[dict]) -> None:
-    print(f"\n{'claim':<68}{'ours':>9}{'peer':>9}{'ratio':>7}  equal")
-    words = {True: "yes", False: "NO", None: "not compared"}
-    for row in claims:
-        digits = 4 if row["unit"] == "AP" else 2
-        numbers = f"{row['ours']:>9.{digits}f}{row['peer']:>9.{digits}f}"
-        numbers += f"{row['ratio']:>7.2f}"
-        print(f"{row['claim']:<68}{numbers}  {words[row['equal']]}")
-
-
-def show_targets(servers: list[str], best: dict, peer: str) -> None:
-    """What the best engine of each precision reaches against its target."""
-    for precision, target in TARGETS.items():
-        of = [server for server in servers if server.endswith(precision)]
-        if not of:
-            print(f"{precision}: not served here")
-            continue
-        top = max(of, key=lambda server: best[server][CLIENTS]["rate"])
-        ratio = best[top][CLIENTS]["rate"] / best[peer][CLIENTS]["rate"]
-        lower = best[top][CLIENTS]["p50"] < best[peer][CLIENTS]["p50"]
-        print(
-            f"{precision}: {top} {ratio:.2f}x {peer} at {CLIENTS} clients, "
-            f"{'lower' if lower else 'higher'} p50; target {target}x: "
-            f"{'met' if ratio >= target and lower else 'missed'}"
-        )
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -415,7 +198,14 @@ def parse() -> argparse.Namespace:
     add("--tiles", type=Path, help="its labelled tiles: the folder of val_*.json")
     add("--requests", type=int, default=5, help="of each client")
     add("--rounds", type=int, help="of which the best counts")
+    add("--url", help="put load to this server, or to the gateway before it")
+    add("--host", help="of --url: Host header by which a gateway finds it")
+    add("--model-name", default=MODEL, help="of --url: the model in the path")
+    add("--clients", type=int, default=CLIENTS, help="of --url: at the same time")
+    add("--picture", type=Path, nargs="+", help="of --url: files, else drawn ones")
     found = parser.parse_args()
+    if min(found.clients, found.requests) < 1:
+        parser.error("--clients and --requests begin at 1")
     if (found.checkpoint is None) != (found.tiles is None):
         parser.error("--checkpoint and --tiles come together")
     found.rounds = found.rounds or (2 if found.quick else 4)
@@ -426,8 +216,20 @@ def parse() -> argparse.Namespace:
     return found
 
 
+def put_load(arguments: argparse.Namespace) -> None:
+    """What --url asks for."""
+    try:
+        pictures = [path.read_bytes() for path in arguments.picture or []] or drawn(8)
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    where = (arguments.url, arguments.model_name, arguments.host)
+    measure_url(*where, pictures, arguments.clients, arguments.requests, arguments.json)
+
+
 def main() -> None:
     arguments = parse()
+    if arguments.url:
+        put_load(arguments)
     cores = len(os.sched_getaffinity(0))
     machine = f"{cores} x {platform.machine()}, torch {torch.__version__}"
     if torch.cuda.is_available():  # torch takes it, and so does TorchServe
@@ -458,10 +260,7 @@ def main() -> None:
             ]
             for server, (base, _) in servers.items()
         }
-        bodies = [
-            json.dumps({"instances": [{"data": base64.b64encode(c).decode()}]}).encode()
-            for c in contents
-        ]
+        bodies = [body_of(content) for content in contents]
         best = measure(servers, bodies, arguments.requests, arguments.rounds)
     peers = [server for server in servers if server.startswith("TorchServe")]
     peer = max(peers, key=lambda server: best[server][CLIENTS]["rate"])

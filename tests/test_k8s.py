@@ -1,5 +1,7 @@
 """Manifests against the schemas of their kinds, and the install script's commands."""
 
+import functools
+import ipaddress
 import json
 import re
 import shutil
@@ -11,14 +13,18 @@ import kubernetes_validate
 import pytest
 import yaml
 from commands import run
+from prometheus_client import generate_latest
 from serving import ROOT
 
+from kserve_utils.predictor import admission  # noqa: F401  registers its metrics
 from kserve_utils.predictor.__main__ import parse
 
 MANIFESTS = ROOT / "k8s_files"
 CRDS = ROOT.parent / "shared" / "schemas" / "kserve"
 INSTALL = ROOT / "kserve_utils" / "bash_scripts" / "kserve_install.sh"
+VALUES = INSTALL.with_name("prometheus-values.yaml")
 CORE = {"PersistentVolume", "PersistentVolumeClaim", "Pod", "NetworkPolicy"}
+CORE |= {"Secret", "ServiceAccount"}
 KSERVE = {"InferenceService", "ServingRuntime"}
 
 
@@ -35,7 +41,6 @@ def read_all() -> dict[tuple[str, str], dict]:
 
 OBJECTS = read_all()
 CLAIM = OBJECTS["PersistentVolumeClaim", "task-pv-claim"]
-VOLUME = OBJECTS["PersistentVolume", "task-pv-volume"]
 # service -> its runtime
 RUNTIMES = {
     "torchserve": "xview-torchserve",
@@ -83,15 +88,21 @@ def test_core_objects_are_valid_kubernetes(document):
     kubernetes_validate.validate(document, "1.32", strict=True)
 
 
-@pytest.mark.parametrize("document", of(KSERVE))
-def test_kserve_objects_are_valid_and_hold_no_unknown_field(document):
-    found = list(CRDS.glob(f"{document['kind']}.*.json"))
+@functools.cache
+def kserve_schema(kind: str) -> tuple[dict, jsonschema.Draft202012Validator]:
+    """The CRD of a kind and its schema, strict."""
+    found = list(CRDS.glob(f"{kind}.*.json"))
     if not found:
         pytest.skip("no schemas of KServe in ../shared/schemas/kserve")
     crd = json.loads(found[0].read_text())
-    assert document["apiVersion"] == f"{crd['group']}/{crd['version']}"
     # not jsonschema.validate, which first spends half a minute on the schema itself
-    schema = jsonschema.Draft202012Validator(strict(crd["openAPIV3Schema"]))
+    return crd, jsonschema.Draft202012Validator(strict(crd["openAPIV3Schema"]))
+
+
+@pytest.mark.parametrize("document", of(KSERVE))
+def test_kserve_objects_are_valid_and_hold_no_unknown_field(document):
+    crd, schema = kserve_schema(document["kind"])
+    assert document["apiVersion"] == f"{crd['group']}/{crd['version']}"
     schema.validate(document)
     assert set(document) <= {"apiVersion", "kind", "metadata", "spec"}
     assert set(document["metadata"]) <= {"name", "annotations", "labels"}
@@ -101,12 +112,63 @@ def test_kserve_objects_are_valid_and_hold_no_unknown_field(document):
         schema.validate(broken)
 
 
-def test_the_volume_and_its_users_find_each_other():
-    for key in ("storageClassName", "accessModes"):
-        assert CLAIM["spec"][key] == VOLUME["spec"][key]
+@pytest.mark.parametrize(
+    ("claim", "volume", "mode"),
+    [
+        ("task-pv-claim", "task-pv-volume", "ReadWriteOnce"),
+        ("xview-models", "xview-models", "ReadOnlyMany"),
+    ],
+)
+def test_a_claim_finds_its_volume(claim, volume, mode):
+    asked = OBJECTS["PersistentVolumeClaim", claim]["spec"]
+    given = OBJECTS["PersistentVolume", volume]["spec"]
+    assert asked["storageClassName"] == given["storageClassName"]
+    assert asked["accessModes"] == given["accessModes"] == [mode]
+    # without a class only the name leads to it
+    assert asked["storageClassName"] or asked["volumeName"] == volume
+    assert given.get("nfs", {"readOnly": True})["readOnly"] is True
+
+
+def test_the_pod_that_copies_finds_the_claim():
     (mounted,) = OBJECTS["Pod", "model-store-pod"]["spec"]["volumes"]
     name = CLAIM["metadata"]["name"]
     assert mounted["persistentVolumeClaim"]["claimName"] == name
+
+
+def test_what_lets_more_than_one_node_hold_the_model_is_valid_once_it_is_chosen():
+    text = (MANIFESTS / "xview-predictor.yaml").read_text()
+    chosen = {}
+    for line in re.findall(r"^ *# (storageUri: \S+)", text, re.MULTILINE):
+        other = re.sub(r"^( *)storageUri: \S+", rf"\1{line}", text, flags=re.MULTILINE)
+        other = other.replace("# serviceAccountName:", "serviceAccountName:")
+        service = list(yaml.safe_load_all(other))[-1]
+        kserve_schema("InferenceService")[1].validate(service)
+        predictor = service["spec"]["predictor"]
+        scheme, where = predictor["model"]["storageUri"].split("://")
+        chosen[scheme] = where.split("/")[0], predictor["serviceAccountName"]
+    claim, _ = chosen["pvc"]
+    access = OBJECTS["PersistentVolumeClaim", claim]["spec"]["accessModes"]
+    assert access == ["ReadOnlyMany"]
+    bucket, account = chosen["s3"]
+    assert bucket.startswith("<")
+    (secret,) = OBJECTS["ServiceAccount", account]["secrets"]
+    # the names that KServe's chart gives the two by default
+    keys = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    given = OBJECTS["Secret", secret["name"]]["stringData"]
+    assert set(given) == keys and all(value.startswith("<") for value in given.values())
+
+
+def test_the_way_to_the_bucket_leads_to_no_private_address_and_not_to_the_metadata():
+    policy = OBJECTS["NetworkPolicy", "xview-predictor-bucket"]["spec"]
+    basic = OBJECTS["NetworkPolicy", "xview-predictor"]["spec"]
+    assert policy["podSelector"] == basic["podSelector"]
+    assert policy["policyTypes"] == ["Egress"] and "ingress" not in policy
+    ((rule, ports),) = [(row["to"], row["ports"]) for row in policy["egress"]]
+    assert ports == [{"protocol": "TCP", "port": 443}]
+    (block,) = rule
+    closed = [ipaddress.ip_network(one) for one in block["ipBlock"]["except"]]
+    for address in ("10.96.0.1", "172.18.0.2", "192.168.1.1", "169.254.169.254"):
+        assert any(ipaddress.ip_address(address) in network for network in closed)
 
 
 @pytest.mark.parametrize("service", RUNTIMES)
@@ -135,7 +197,7 @@ def test_the_runtime_of_torchserve_does_not_rely_on_what_the_controller_injects(
     store = re.search(r"^model_store=(.*)$", config.read_text(), re.M)[1]
     assert f"--model-store={store}" in container["args"]
     metrics = re.search(r"^metrics_address=.*:(\d+)$", config.read_text(), re.M)[1]
-    assert runtime["annotations"]["prometheus.kserve.io/port"] == metrics
+    assert runtime["annotations"]["prometheus.io/port"] == metrics
 
 
 def arguments_of(service: str):
@@ -155,8 +217,7 @@ def test_the_predictor_takes_the_arguments_of_its_manifest():
     used = arguments.threads * arguments.at_once
     assert str(used) == container["resources"]["limits"]["cpu"]
     assert container["resources"]["limits"] == container["resources"]["requests"]
-    metrics = runtime["annotations"]["prometheus.kserve.io/port"]
-    assert int(metrics) == arguments.http_port
+    assert int(runtime["annotations"]["prometheus.io/port"]) == arguments.http_port
     for probe, health in (
         ("startup", "ready"),
         ("readiness", "ready"),
@@ -194,12 +255,66 @@ def test_the_predictor_may_do_little_in_its_pod():
     assert user.groups() == (str(rights["runAsUser"]), str(rights["runAsGroup"]))
 
 
-def test_the_predictor_scales_by_a_metric_between_bounds():
-    predictor = predictor_of("xview-predictor")
+@pytest.mark.parametrize("service", ["xview-predictor", "xview-predictor-gpu"])
+def test_the_predictor_scales_on_requests_that_wait_before_any_is_sent_away(service):
+    predictor, arguments = predictor_of(service), arguments_of(service)
     assert 1 <= predictor["minReplicas"] < predictor["maxReplicas"]
-    assert predictor["scaleMetric"] == "cpu" and 0 < predictor["scaleTarget"] <= 100
-    metadata = OBJECTS["InferenceService", "xview-predictor"]["metadata"]
-    assert metadata["annotations"]["serving.kserve.io/autoscalerClass"] == "hpa"
+    # what KServe's webhook refuses beside KEDA, or without
+    assert not {"scaleMetric", "scaleTarget"} & set(predictor)
+    annotations = OBJECTS["InferenceService", service]["metadata"]["annotations"]
+    assert annotations["serving.kserve.io/autoscalerClass"] == "keda"
+    targets = {}
+    for row in predictor["autoScaling"]["metrics"]:
+        assert row["type"] == "External"
+        metric, target = row["external"]["metric"], row["external"]["target"]
+        assert metric["backend"] == "prometheus" and target["type"] == "Value"
+        # KEDA divides by it as a float: no "1600m"
+        targets[metric["query"]] = float(target["value"])
+    (waiting,) = [value for query, value in targets.items() if "queue" in query]
+    assert arguments.at_once < waiting <= arguments.max_queue / 2
+    cores = [value for query, value in targets.items() if "cpu" in query]
+    limits = runtime_of(service)["containers"][0]["resources"]["limits"]
+    on_gpu = service.endswith("gpu")
+    assert cores == ([] if on_gpu else [0.8 * int(limits["cpu"])])
+
+
+@pytest.mark.parametrize("service", ["xview-predictor", "xview-predictor-gpu"])
+def test_what_the_queries_ask_for_is_measured_and_of_this_service_alone(service):
+    exposed = generate_latest().decode()  # of the registry that KServe's /metrics shows
+    for row in predictor_of(service)["autoScaling"]["metrics"]:
+        query = row["external"]["metric"]["query"]
+        assert query.startswith("sum(") and query.count("(") == query.count(")")
+        name, labels = re.search(r"\((\w+)\{(.*?)\}\[1m\]", query).groups()
+        assert re.search(rf"^{name} \S+$", exposed, re.MULTILINE), name
+        ours = re.search('pod=~"(.*?)"', labels)[1]
+        for other in RUNTIMES:
+            pod = f"{other}-predictor-7d9c5b8f6-x2x4k"
+            assert bool(re.fullmatch(ours, pod)) == (other == service)
+
+
+def test_prometheus_is_found_by_keda_and_finds_the_pods_and_is_let_in():
+    log = dry_run("--with-autoscaling")
+    release = re.search(r"install (\S+) kube-prometheus-stack .*", log)
+    space = re.search(r"--namespace (\S+)", release[0])[1]
+    server = f"http://{release[1]}-kube-prometheus-prometheus.{space}.svc"
+    for service in ("xview-predictor", "xview-predictor-gpu"):
+        for row in predictor_of(service)["autoScaling"]["metrics"]:
+            address = row["external"]["metric"]["serverAddress"]
+            assert address == f"{server}.cluster.local:9090"
+    for name in ("xview-predictor", "torchserve"):
+        (peer,) = OBJECTS["NetworkPolicy", name]["spec"]["ingress"][1]["from"]
+        assert space in peer["namespaceSelector"]["matchLabels"].values()
+    spec = yaml.safe_load(VALUES.read_text())["prometheus"]["prometheusSpec"]
+    (job,) = spec["additionalScrapeConfigs"]
+    read = [label for rule in job["relabel_configs"] for label in rule["source_labels"]]
+    for runtime in ("xview-predictor", "xview-torchserve"):
+        annotations = OBJECTS["ServingRuntime", runtime]["spec"]["annotations"]
+        assert annotations["prometheus.io/scrape"] == "true"
+        for key in [key for key in annotations if key.startswith("prometheus.io/")]:
+            label = "__meta_kubernetes_pod_annotation_" + re.sub("[./]", "_", key)
+            assert label in read
+    # KServe would put the port of Knative's proxy in place of the pod's
+    assert "enable-prometheus-scraping" not in json.dumps(list(OBJECTS.values()))
 
 
 @pytest.mark.parametrize("service", ["torchserve-gpu", "xview-predictor-gpu"])
@@ -209,7 +324,6 @@ def test_a_service_on_a_gpu_asks_for_one_and_can_be_replaced(service):
     assert asked["limits"] == asked["requests"]
     assert asked["limits"]["nvidia.com/gpu"] == "1"
     # two pods of one GPU each: the new one would wait for the old one's
-    assert predictor["minReplicas"] == predictor["maxReplicas"] == 1
     assert predictor["deploymentStrategy"] == {"type": "Recreate"}
     (container,) = runtime_of(service)["containers"]
     tag = container["image"].rsplit(":", 1)[1]
@@ -253,7 +367,7 @@ def test_only_the_gateway_and_prometheus_reach_a_server_and_it_reaches_dns(name,
 
 def test_images_are_pinned_and_name_no_account():
     for (kind, _), document in OBJECTS.items():
-        for container in document["spec"].get("containers", []):
+        for container in document.get("spec", {}).get("containers", []):
             assert re.search(r":\d", container["image"]), (kind, container["image"])
         assert not re.search(r"/home/|/root|/Users/", json.dumps(document)), kind
 
@@ -280,7 +394,7 @@ def test_a_dry_run_prints_each_command_and_runs_none(tmp_path):
     ]
     found = [log.index(text) for text in order]
     assert found == sorted(found)
-    assert "knative" not in log and "latest" not in log
+    assert "knative" not in log and "latest" not in log and "keda" not in log
     assert len(re.findall("^curl", log, re.M)) == 3
     assert len(re.findall("^sha256sum", log, re.M)) == 3
     manifests = re.findall(r"<<YAML\n(.*?)\nYAML", log, re.S)
@@ -291,6 +405,18 @@ def test_the_flags_of_the_install_script():
     log = dry_run("--knative", "--cluster", "other")
     assert "deploymentMode=Knative" in log and "istio-base" in log
     assert "--context kind-other" in log and "gateway-helm" not in log
+    log = dry_run("--with-autoscaling")
+    order = [
+        "kube-prometheus-stack --repo https://prometheus-community.github.io/helm-charts"
+        f" --version 83.4.0 --namespace monitoring --values {VALUES}",
+        "prometheus/prometheus-kube-prometheus-prometheus",
+        "keda --repo https://kedacore.github.io/charts --version 2.18.0",
+        "charts/kserve-crd",  # KServe looks for KEDA's kinds when it starts
+    ]
+    found = [log.index(text) for text in order]
+    assert found == sorted(found)
+    done = run("bash", INSTALL, "--dry-run", "--knative", "--with-autoscaling")
+    assert done.returncode == 2 and "Knative scales by itself" in done.stderr
     removal = dry_run("--cleanup", "--cluster", "other")
     assert removal.split() == "kind delete cluster --name other".split()
     done = run("bash", INSTALL, "--oops")

@@ -16,8 +16,11 @@ KNATIVE_OPERATOR_VERSION=v1.21.1
 KNATIVE_SERVING_VERSION=1.21.1
 ISTIO_VERSION=1.27.1
 KSERVE_VERSION=v0.20.0
+KEDA_VERSION=2.18.0
+PROMETHEUS_STACK_VERSION=83.4.0
 
 mode=Standard
+autoscaling=false
 cluster=kserve
 bin_dir=runs/bin
 dry_run=false
@@ -28,6 +31,9 @@ usage() {
 Usage: $0 [options]
   --knative        Knative mode: Istio and Knative Serving, scales to zero.
                    The default is Standard mode: Gateway API and Envoy Gateway.
+  --with-autoscaling
+                   Prometheus and KEDA, by which xview-predictor.yaml scales on the
+                   requests that wait. Knative mode has its own means.
   --cluster NAME   name of the kind cluster ($cluster)
   --bin-dir DIR    where missing tools go ($bin_dir)
   --dry-run        print each command, run none
@@ -41,6 +47,7 @@ TEXT
 while (($#)); do
   case $1 in
     --knative) mode=Knative ;;
+    --with-autoscaling) autoscaling=true ;;
     --cluster) cluster=${2:?--cluster needs a name} && shift ;;
     --bin-dir) bin_dir=${2:?--bin-dir needs a folder} && shift ;;
     --dry-run) dry_run=true ;;
@@ -50,6 +57,10 @@ while (($#)); do
   esac
   shift
 done
+if $autoscaling && [[ $mode == Knative ]]; then
+  echo "--with-autoscaling is of Standard mode: Knative scales by itself" >&2
+  exit 2
+fi
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -252,6 +263,19 @@ YAML
     knativeserving/knative-serving --timeout 10m
 }
 
+# Before KServe, which looks for KEDA's kinds when it starts.
+install_autoscaling() {
+  say "Prometheus (kube-prometheus-stack $PROMETHEUS_STACK_VERSION) and KEDA $KEDA_VERSION"
+  chart prometheus kube-prometheus-stack \
+    --repo https://prometheus-community.github.io/helm-charts \
+    --version "$PROMETHEUS_STACK_VERSION" --namespace monitoring \
+    --values "$(dirname "$0")/prometheus-values.yaml"
+  kube wait --for condition=Available --namespace monitoring \
+    prometheus/prometheus-kube-prometheus-prometheus --timeout 5m
+  chart keda keda --repo https://kedacore.github.io/charts --version "$KEDA_VERSION" \
+    --namespace keda
+}
+
 install_kserve() {
   say "KServe $KSERVE_VERSION, $mode mode"
   local charts=oci://ghcr.io/kserve/charts
@@ -286,5 +310,6 @@ install_tools
 create_cluster
 install_cert_manager
 if [[ $mode == Standard ]]; then install_gateway; else install_knative; fi
+if $autoscaling; then install_autoscaling; fi
 install_kserve
 say "KServe is ready. Next: kubectl --context $context apply --filename k8s_files/pv-and-pvc.yaml"

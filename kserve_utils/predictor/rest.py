@@ -18,7 +18,7 @@ from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .model import DetectorModel
 from .protocol import Job, parse_v1, parse_v2, read_json
@@ -33,6 +33,7 @@ _HEAD = 1 << 20  # bytes of the JSON before a binary tensor
 def add_routes(app: FastAPI, model: DetectorModel) -> None:
     """Put the routes in front of those that `kserve.ModelServer` adds later."""
     app.add_middleware(SmallBodies)
+    app.add_middleware(CloseWhileDraining, model=model)
     app.add_exception_handler(Refusal, _refuse)
 
     @app.post(_PREDICT)
@@ -72,6 +73,26 @@ class SmallBodies:
         path = scope.get("path", "")
         ours = path.endswith((":predict", ":explain", "/infer"))
         await (self.app if ours else self.limited)(scope, receive, send)
+
+
+class CloseWhileDraining:
+    """While the server drains, each connection ends with its answer.
+
+    A Service of Kubernetes keeps a connection where it is. A client that sends one
+    request after the other would stay until the server ends, and lose what it sent in
+    that moment.
+    """
+
+    def __init__(self, app: ASGIApp, model: DetectorModel) -> None:
+        self.app, self.model = app, model
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.model.draining:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, receive, last)
 
 
 async def _answer(
