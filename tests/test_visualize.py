@@ -9,6 +9,7 @@ from e2e_utils.charts import bars, confusion, histogram, learning_curve, lines
 from e2e_utils.compare import (
     draw_matches,
     precision_recall,
+    show_found,
     show_matches,
     show_mistakes,
 )
@@ -118,6 +119,9 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["found right", "false (class 3 1)", "missed (class 1 1)"]
+    figures = [show_found(image, truth, FOUND, NAMES) for truth in (TRUTH, None)]
+    words = [[t.get_text() for t in f.legends[0].get_texts()] for f in figures]
+    assert words == [texts, ["class 1", "class 2", "class 3"]], "labels there or not"
 
 
 def test_boxes_from_a_threshold_up_are_shown_with_their_classes_in_the_legend():
