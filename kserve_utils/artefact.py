@@ -208,7 +208,11 @@ def compare(
 def _as_tensors(found: dict) -> dict[str, torch.Tensor]:
     boxes = found["boxes"] if "boxes" in found else found["boxes_xyxy"]
     columns = {"boxes": boxes, "labels": found["labels"], "scores": found["scores"]}
-    return {name: torch.as_tensor(column) for name, column in columns.items()}
+    # arrays of gRPC cannot be written to, which torch warns of unless they are copied
+    return {
+        name: column if isinstance(column, torch.Tensor) else torch.tensor(column)
+        for name, column in columns.items()
+    }
 
 
 def _check_replaceable(out: Path) -> None:

@@ -49,7 +49,7 @@ def kubectl(context: str, *arguments: str, seconds: float = 60) -> str:
     return done.stdout.strip()
 
 
-def answers(context: str) -> bool:
+def is_there(context: str) -> bool:
     """Whether kubectl is there and a cluster answers under this context."""
     if shutil.which("kubectl") is None:
         return False
@@ -57,6 +57,12 @@ def answers(context: str) -> bool:
         return kubectl(context, "get", "--raw", "/readyz", seconds=10) == "ok"
     except RuntimeError:
         return False
+
+
+def apply(context: str, *files: str | Path) -> str:
+    """Apply manifests, in this order; what kubectl says. RuntimeError as `kubectl`."""
+    named = [word for file in files for word in ("-f", str(file))]
+    return kubectl(context, "apply", *named)
 
 
 def wait(context: str, what: str, minutes: int = 10) -> None:
@@ -156,6 +162,7 @@ def excerpt(path: str | Path, kind: str, *fields: str) -> Any:
             shown = _merged(shown, _part(found, field.split(".")))
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ValueError(f"{kind} of {path} has no field {field!r}") from error
+    shown = {key: shown[key] for key in found if key in shown}  # in the file's order
     return Code(yaml.safe_dump(shown, sort_keys=False, width=1000), language="yaml")
 
 

@@ -1,62 +1,28 @@
-"""What goes to kubectl and comes back; a test double of kubectl stands on PATH."""
-
-import json
-import os
+"""What goes to kubectl and comes back, from a test double of it."""
 
 import pytest
+from fake_kubectl import Kubectl
 
 from kserve_utils import cluster
-
-# A test double: it writes down what it is asked, and says what FAKE has for it. Its
-# port-forward leads to a port that somebody else listens on.
-FAKE = """#!/usr/bin/env python3
-import json, os, sys, time
-with open(os.environ["ASKED"], "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-asked = " ".join(sys.argv[3:])
-for start, (code, text) in json.loads(os.environ["FAKE"]).items():
-    if asked.startswith(start):
-        print(text, file=sys.stderr if code else sys.stdout, flush=True)
-        time.sleep(60 if start == "port-forward" and not code else 0)
-        sys.exit(code)
-"""
 
 
 @pytest.fixture
 def kubectl(tmp_path, monkeypatch):
-    """Sets the answers of the double; what was asked then, without the context."""
-    program = tmp_path / "kubectl"
-    program.write_text(FAKE)
-    program.chmod(0o755)
-    asked = tmp_path / "asked"
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("ASKED", str(asked))
-
-    def answer(said: dict) -> None:
-        monkeypatch.setenv("FAKE", json.dumps(said))
-
-    def lines() -> list[str]:
-        rows = [json.loads(line) for line in asked.read_text().splitlines()]
-        assert {tuple(row[:2]) for row in rows} == {("--context", "kind-x")}
-        return [" ".join(row[2:]) for row in rows]
-
-    answer.asked = lines
-    answer({})
-    return answer
+    return Kubectl(tmp_path, monkeypatch)
 
 
 def test_a_cluster_answers_if_it_says_so_and_a_failure_has_kubectls_reason(kubectl):
-    kubectl({"get --raw /readyz": (0, "ok")})
-    assert cluster.answers("kind-x")
-    kubectl({"get": (1, "context kind-x does not exist")})
-    assert not cluster.answers("kind-x")
+    kubectl.says({"get --raw /readyz": (0, "ok")})
+    assert cluster.is_there("kind-x")
+    kubectl.says({"get": (1, "context kind-x does not exist")})
+    assert not cluster.is_there("kind-x")
     with pytest.raises(RuntimeError, match="^kubectl get pods: context kind-x does"):
         cluster.kubectl("kind-x", "get", "pods")
 
 
 def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not cluster.answers("kind-x")
+    assert not cluster.is_there("kind-x")
     with pytest.raises(
         RuntimeError, match="kubectl get pods: kubectl is not installed"
     ):
@@ -64,16 +30,20 @@ def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
 
 
 def test_a_folder_takes_the_place_of_an_older_one_once_the_pod_is_ready(kubectl):
-    kubectl({"exec model-store-pod -- ls": (0, "detector.json")})
+    kubectl.says(
+        {"apply": (0, "made"), "exec model-store-pod -- ls": (0, "detector.json")}
+    )
+    assert cluster.apply("kind-x", "a.yaml", "b.yaml") == "made"
     assert cluster.copy_in("kind-x", "here/artefact", "xview") == "detector.json"
-    waited, removed, copied, _ = kubectl.asked()
+    applied, waited, removed, copied, _ = kubectl.asked("kind-x")
+    assert applied == "apply -f a.yaml -f b.yaml"
     assert waited.startswith("wait --for=condition=Ready pod/model-store-pod")
     assert removed == "exec model-store-pod -- rm -rf /pv/xview"
     assert copied == "cp here/artefact model-store-pod:/pv/xview"
 
 
 def test_the_host_is_that_of_the_services_url_and_missing_while_it_has_none(kubectl):
-    kubectl({"get inferenceservice seen": (0, "http://seen-default.example.com")})
+    kubectl.says({"get inferenceservice seen": (0, "http://seen-default.example.com")})
     assert cluster.host_of("kind-x", "seen") == "seen-default.example.com"
     with pytest.raises(RuntimeError, match="other has no URL: it is not ready"):
         cluster.host_of("kind-x", "other")
@@ -82,15 +52,15 @@ def test_the_host_is_that_of_the_services_url_and_missing_while_it_has_none(kube
 def test_the_gateway_is_reached_by_a_port_that_closes_with_the_block(kubectl):
     service = {"get service": (0, "service/envoy-kserve")}
     forward = (0, "Forwarding from 127.0.0.1:43210 -> 10080")
-    kubectl({**service, "port-forward": forward})
+    kubectl.says({**service, "port-forward": forward})
     with cluster.gateway("kind-x") as url:
         assert url == "http://127.0.0.1:43210"
-    assert kubectl.asked()[-1].endswith("service/envoy-kserve :80")
-    kubectl({**service, "port-forward": (1, "unable to forward")})
+    assert kubectl.asked("kind-x")[-1].endswith("service/envoy-kserve :80")
+    kubectl.says({**service, "port-forward": (1, "unable to forward")})
     with pytest.raises(RuntimeError, match=":80: unable to forward"):
         with cluster.gateway("kind-x"):
             pass
-    kubectl({})
+    kubectl.says({})
     with pytest.raises(RuntimeError, match="kind-x has no gateway"):
         with cluster.gateway("kind-x"):
             pass
@@ -100,6 +70,7 @@ MANIFEST = """
 kind: Pod
 metadata: {name: a}
 ---
+apiVersion: v1
 kind: Service
 metadata: {name: b, labels: {c: d}}
 spec:
@@ -110,9 +81,10 @@ spec:
 def test_an_excerpt_shows_the_fields_that_are_named_and_no_others(tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text(MANIFEST)
-    fields = ("metadata.name", "spec.ports.1.port", "spec.ports.1.name")
+    fields = ("spec.ports.1.port", "metadata.name", "spec.ports.1.name", "apiVersion")
     text = cluster.excerpt(path, "Service", *fields).data
     assert text.splitlines() == [
+        "apiVersion: v1",
         "kind: Service",
         "metadata:",
         "  name: b",
