@@ -135,21 +135,20 @@ def gateway(context: str) -> Iterator[str]:
         forward.wait()
 
 
-def excerpt(path: str | Path, kind: str, *fields: str) -> Any:
-    """Part of a manifest for the end of a cell, highlighted: an IPython.display.Code.
+def excerpt(path: str | Path, kind: str, *fields: str) -> str:
+    """Part of a manifest, as YAML.
 
     Args:
         path: a YAML file of Kubernetes objects.
         kind: of the object in it; the first of them.
-        fields: what is shown of it, such as "spec.predictor.model" or, in a list,
-            "spec.containers.0.args"; all that is not shown is left out without a mark,
-            as are the comments.
+        fields: what is shown of it, such as "spec.predictor.model" or, of a list,
+            "spec.containers.0.args"; the rest is left out without a mark, as are the
+            comments.
 
     Raises:
         ValueError: the file has no such object, or this no such field.
     """
     import yaml
-    from IPython.display import Code
 
     objects = list(yaml.safe_load_all(Path(path).read_text()))
     found = next((one for one in objects if one["kind"] == kind), None)
@@ -163,7 +162,7 @@ def excerpt(path: str | Path, kind: str, *fields: str) -> Any:
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ValueError(f"{kind} of {path} has no field {field!r}") from error
     shown = {key: shown[key] for key in found if key in shown}  # in the file's order
-    return Code(yaml.safe_dump(shown, sort_keys=False, width=1000), language="yaml")
+    return str(yaml.safe_dump(shown, sort_keys=False, width=1000))
 
 
 def _part(source: Any, keys: list[str]) -> Any:

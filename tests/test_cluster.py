@@ -82,7 +82,7 @@ def test_an_excerpt_shows_the_fields_that_are_named_and_no_others(tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text(MANIFEST)
     fields = ("spec.ports.1.port", "metadata.name", "spec.ports.1.name", "apiVersion")
-    text = cluster.excerpt(path, "Service", *fields).data
+    text = cluster.excerpt(path, "Service", *fields)
     assert text.splitlines() == [
         "apiVersion: v1",
         "kind: Service",

@@ -1,3 +1,5 @@
+import re
+
 import cv2
 import nbclient
 import nbformat
@@ -21,6 +23,7 @@ from e2e_utils.visualize import (
     class_color,
     close_up,
     draw_boxes,
+    listing,
     show,
     show_boxes,
     table,
@@ -198,6 +201,13 @@ def test_a_mistake_of_each_kind_is_shown(tmp_path):
 def test_a_table_aligns_numbers_to_the_right():
     lines = table(["", "AP50"], [["car", 0.5], ["bus", None]]).data.split("\n")
     assert lines == ["|  | AP50 |", "| --- | ---: |", "| car | 0.5 |", "| bus |  |"]
+
+
+def test_a_listing_is_highlighted_in_whatever_page_it_stands():
+    html = listing("a: 1  # b", "yaml")._repr_html_()
+    assert '<span class="c1"># b</span>' in html
+    assert re.search(r"\.output_html \.c1 ?{[^}]*color", html)
+    assert '<div class="output_html' in html, "the class of those styles"
 
 
 def test_pictures_of_a_notebook_have_alternative_texts(tmp_path):
