@@ -22,6 +22,10 @@ def run_program(*command: str | Path, seconds: float = 120, **environment: str) 
     Raises:
         RuntimeError: it is not there, failed, or took longer; with the end of what it
             said.
+
+    Example:
+        >>> run_program("python3", "-c", "print(6 * 7)")
+        '42'
     """
     words = [str(word) for word in command]
     options: dict = {"capture_output": True, "text": True, "timeout": seconds}

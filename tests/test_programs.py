@@ -13,9 +13,15 @@ def test_what_a_program_prints_comes_back():
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ((sys.executable, "-c", "import sys; sys.exit('no tiles')"), "with 1: no tiles"),
+        (
+            (sys.executable, "-c", "import sys; sys.exit('no tiles')"),
+            "with 1: no tiles",
+        ),
         (("no such program",), "no such program is not installed"),
-        ((sys.executable, "-c", "import time; time.sleep(9)"), "took longer than 0.2 s"),
+        (
+            (sys.executable, "-c", "import time; time.sleep(9)"),
+            "took longer than 0.2 s",
+        ),
     ],
 )
 def test_a_program_that_fails_stops_with_its_reason(command, said):
