@@ -173,7 +173,10 @@ def show(
             axis.set_title(titles[index] if titles else "", fontsize=10)
     if legend:
         figure.legend(
-            handles=[Patch(color=as_hex(c), label=text) for text, c in legend.items()],
+            handles=[
+                Patch(facecolor=as_hex(color), edgecolor="0.4", label=text)
+                for text, color in legend.items()
+            ],
             loc="outside lower center",
             ncols=min(5, len(legend)),
             fontsize=9,
@@ -285,7 +288,7 @@ def table(
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
-def notebook_style(quality: int = 85) -> None:
+def notebook_style(quality: int = 80) -> None:
     """Figures of this notebook become JPEG, each with its label as alternative text."""
     from IPython.core.getipython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
