@@ -6,6 +6,7 @@ elsewhere; without it there are none.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["ts"]  # TorchServe; it prints what it finds on the machine
 napoleon_use_rtype = False
 default_role = "code"  # `name` in a docstring
 add_module_names = False
@@ -56,15 +58,21 @@ html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-def commands_as_code(app, what, name, obj, options, lines: list[str]) -> None:
-    """Indented lines of a module's docstring are commands, as in Markdown."""
-    if what != "module":
-        return
-    for number in range(len(lines) - 1, 0, -1):
-        if lines[number].startswith("    ") and not lines[number - 1].strip():
-            before = next((n for n in reversed(lines[:number]) if n.strip()), "")
-            if not before.startswith(" "):
-                lines[number:number] = [".. code-block:: bash", ""]
+# an indented paragraph below one that is not
+BLOCK = re.compile(r"(^\S.*\n\n)((?:^(?: {4}.*)?\n)*^ {4}.*$)", re.M)
+STAR = re.compile(r"(`[^`]*`)|\*")
+
+
+def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain text: an indented paragraph is code, a star is a star."""
+    pieces = BLOCK.split("\n".join(lines))
+    for number, piece in enumerate(pieces):
+        if number % 3 == 2:
+            language = "pycon" if ">>>" in piece else "text"
+            pieces[number] = f".. code-block:: {language}\n\n{piece}\n"
+        else:
+            pieces[number] = STAR.sub(lambda match: match[1] or r"\*", piece)
+    lines[:] = "".join(pieces).splitlines()
 
 
 def setup(app: Sphinx) -> None:
@@ -75,4 +83,4 @@ def setup(app: Sphinx) -> None:
         context["page_links"] = links_of(sources.get(page), REPOSITORY)
 
     app.connect("html-page-context", page_links)
-    app.connect("autodoc-process-docstring", commands_as_code, priority=400)
+    app.connect("autodoc-process-docstring", plain_text, priority=400)

@@ -161,7 +161,9 @@ def add_benchmarks(site: Site) -> str:
         site.text[page] = head + quoted(text, path.suffix)
         pages.append(page)
         rows += f"- {link(index, path.name, page)}: {first}\n"
-    about = "Each measures a peer and this repository in one run: `make bench` runs all.\n"
+    about = (
+        "Each measures a peer and this repository in one run: `make bench` runs all.\n"
+    )
     site.text[index] = f"# The benchmarks\n\n{about}\n{rows}{toctree(pages)}"
     return index
 
@@ -199,17 +201,21 @@ def arrange(root: Path, folder: Path) -> dict[str, str]:
         + toctree(files, "Project")
     )
     site.write(folder)
-    return {os.path.splitext(page)[0]: file for file, page in site.page_of.items()}
+    files = [file for file in site.page_of if (root / file).is_file()]
+    return {os.path.splitext(site.page_of[file])[0]: file for file in files}
 
 
 def links_of(file: str | None, repository: str) -> dict[str, str]:
     """Where a page is edited or opened: text -> URL; empty without a repository."""
-    if not repository or not file or not os.path.splitext(file)[1]:
+    if not repository or not file:
         return {}
     links = {"Edit": f"{repository}/edit/main/{file}"}
     host, _, name = repository.partition("github.com/")
     if host and name and file.endswith(".ipynb"):
-        colab, binder = "https://colab.research.google.com/github", "https://mybinder.org"
+        colab, binder = (
+            "https://colab.research.google.com/github",
+            "https://mybinder.org",
+        )
         links["Colab"] = f"{colab}/{name}/blob/main/{file}"
         links["Binder"] = f"{binder}/v2/gh/{name}/main?urlpath=lab/tree/{file}"
     return links
