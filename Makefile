@@ -23,14 +23,15 @@ PYTEST := $(BIN)/python -m pytest --durations=40
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo notebooks test test-fast test-core test-cluster test-serving \
-  test-notebooks lab lint lock types bench clean another
+  test-notebooks lab site try lint lock types bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
 	@echo "make test       all tests, the notebooks among them"
 	@echo "make test-fast  without notebooks and servers"
 	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
-	@echo "make lab        JupyterLab on the notebooks"
+	@echo "make lab        JupyterLab on the notebooks; LAB='--ip=0.0.0.0' in a container"
+	@echo "make site       notebooks, helpers and benchmarks as web pages, in runs/site"
 	@echo "make lint       ruff"
 	@echo "make lock       the lock files anew from requirements.txt"
 	@echo "make types      mypy"
@@ -114,8 +115,22 @@ test-serving: .venv/installed
 test-notebooks: .venv/installed
 	@$(PYTEST) tests/notebooks
 
+# The first notebook, and its headings beside it: a layout that JupyterLab goes on with
+# under this name. As root, as in NVIDIA's container, it starts only if told to.
+LAYOUT := runs/lab/default-37a8.jupyterlab-workspace
 lab: .venv/installed
-	@$(BIN)/python -m jupyterlab notebooks
+	@mkdir -p runs/lab
+	@test -e $(LAYOUT) || cp .ci/lab.jupyterlab-workspace $(LAYOUT)
+	@$(BIN)/python -m jupyterlab notebooks --LabApp.workspaces_dir="$(CURDIR)/runs/lab" \
+	  --LabApp.default_url=/lab/tree/01_install.ipynb \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+# With SITE_REPOSITORY=https://github.com/OWNER/NAME pages have links to edit and open.
+site: .venv/installed
+	@mkdir -p runs/site-build/source
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d runs/site-build/doctrees \
+	  runs/site-build/source runs/site
+	@echo "Done: runs/site/index.html"
 
 lint: .venv/installed
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -1,8 +1,8 @@
 """The site's source pages, arranged out of the files of this repository.
 
-README is the first page; each notebook and Markdown file is a page at its own path; each
-module and each benchmark is a page made of its docstring. A file or folder that a page
-links to and that is none of these becomes a page with its text, so that no link is dead.
+README is the first page. Each notebook and Markdown file is a page at its own path,
+each module and each benchmark one that is made of its docstring. What else a page links
+to, a file or a folder, becomes a page with its text, so that no link is dead.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Site:
         return LINK.sub(turned, text)
 
     def write(self, folder: Path) -> None:
-        """Make a folder hold these pages and no others; what is equal stays as it is."""
+        """Make a folder hold these pages and no others; equal files stay untouched."""
         wanted = {folder / page: text.encode() for page, text in self.text.items()}
         for name in self.pictures:
             wanted[folder / FOLDER / name] = (self.root / name).read_bytes()

@@ -1,4 +1,4 @@
-"""The site as `make site` builds it, read in a browser from its first page to its last."""
+"""The site of `make site`, read in a browser from its first page to its last."""
 
 import json
 import re
