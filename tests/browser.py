@@ -1,10 +1,18 @@
 """Headless Chromium for the tests that open a page; they are skipped without one."""
 
+import contextlib
+import re
 import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ELSEWHERE = re.compile(r"^https?://(?!(127\.0\.0\.1|localhost)[:/])")
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +29,54 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """An empty page; `complaints` of it are errors of its console and lost requests.
+    """An empty page. `page.complaints` are errors of its console and lost requests;
 
-    A request to another host than this one is a complaint, too.
+    a request to another host than this one is refused and counts as well.
     """
-    with browser.new_context(
-        viewport={"width": 1280, "height": 900}, color_scheme="light"
-    ) as context:
+    size = {"width": 1280, "height": 900}
+    with browser.new_context(viewport=size, color_scheme="light") as context:
         page = context.new_page()
         page.complaints = []
-        page.on("console", lambda m: m.type == "error" and complain(m.text))
-        page.on("pageerror", lambda error: complain(str(error)))
-        page.on("requestfailed", lambda r: complain(f"{r.url}: {r.failure}"))
 
         def complain(text: str) -> None:
             page.complaints.append(text)
 
-        def local(route) -> None:
-            complain(f"asks another host: {route.request.url}")
-            route.abort()
-
-        page.route(lambda url: not url.startswith(LOCAL), local)
+        page.on(
+            "console",
+            lambda m: m.type == "error" and complain(f"{m.location['url']}: {m.text}"),
+        )
+        page.on("pageerror", lambda error: complain(str(error)))
+        page.on("requestfailed", lambda r: complain(f"{r.url}: {r.failure}"))
+        page.route(ELSEWHERE, lambda route: route.abort())
         yield page
 
 
-LOCAL = ("http://127.0.0.1:", "http://localhost:", "data:", "blob:", "about:")
+@contextlib.contextmanager
+def serving(command: list, pattern: str, log: Path, **options) -> Iterator[str]:
+    """A server's address, once its output has it; the server ends with its children.
+
+    Args:
+        command: starts the server.
+        pattern: of the address in what it prints.
+        log: file to put the output into.
+        options: of subprocess.Popen.
+    """
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, **options)
+    try:
+        for _ in range(600):
+            found = re.search(pattern, log.read_text())
+            if found or process.poll() is not None:
+                break
+            time.sleep(0.2)
+        assert found, log.read_text()
+        yield found[0]
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        for child in psutil.wait_procs(family, 20)[1]:
+            child.kill()
+        process.terminate()
+        process.wait(20)
