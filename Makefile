@@ -31,6 +31,7 @@ help:
 	@echo "make test-fast  without notebooks and servers"
 	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
 	@echo "make lab        JupyterLab on the notebooks; LAB='--ip=0.0.0.0' in a container"
+	@echo "make try        a page to try the demo's detector, or SERVER=http://..."
 	@echo "make site       notebooks, helpers and benchmarks as web pages, in runs/site"
 	@echo "make lint       ruff"
 	@echo "make lock       the lock files anew from requirements.txt"
@@ -124,6 +125,17 @@ lab: .venv/installed
 	@$(BIN)/python -m jupyterlab notebooks --LabApp.workspaces_dir="$(CURDIR)/runs/lab" \
 	  --LabApp.default_url=/lab/tree/01_install.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+# Without SERVER the detector of the last demo is served here. The scene to try it on
+# is drawn from a seed that nothing was trained on.
+ARTEFACT := $(RUN)/serving/artefact
+TRY := $(if $(SERVER),--server "$(SERVER)",--artefact "$(ARTEFACT)")
+try: .venv/installed
+	@test -n "$(SERVER)" || test -d "$(ARTEFACT)" || { echo "there is no $(ARTEFACT):" \
+	  "run make demo first, or make try SERVER=http://HOST:PORT"; exit 1; }
+	@$(BIN)/python -m sample_data --output_dir runs/try --scenes 1 --seed 7 >/dev/null
+	@$(BIN)/python -m kserve_utils.try_page $(TRY) --examples runs/try/train_images \
+	  $(firstword $(wildcard $(RUN)/tiles/val/*.jpg))
 
 # With SITE_REPOSITORY=https://github.com/OWNER/NAME pages have links to edit and open.
 site: .venv/installed
