@@ -14,7 +14,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 # The jobs of CI. Every test file is in exactly one of them: what is named nowhere else
 # belongs to test-core.
 CLUSTER := $(wildcard tests/test_determined_*.py tests/test_ray*.py)
-SERVING := $(patsubst %,tests/test_%.py,client engines export faults k8s predictor torchserve)
+SERVING := $(patsubst %,tests/test_%.py,client engines export faults k8s predictor torchserve try)
 CORE := $(filter-out $(CLUSTER) $(SERVING),$(wildcard tests/test_*.py))
 # Two processes of pytest, because many tests wait for processes of their own. A file
 # stays in one of them with its fixtures, and the notebooks, which take longest, begin.
@@ -135,7 +135,7 @@ try: .venv/installed
 	  "run make demo first, or make try SERVER=http://HOST:PORT"; exit 1; }
 	@$(BIN)/python -m sample_data --output_dir runs/try --scenes 1 --seed 7 >/dev/null
 	@$(BIN)/python -m kserve_utils.try_page $(TRY) --examples runs/try/train_images \
-	  $(firstword $(wildcard $(RUN)/tiles/val/*.jpg))
+	  $(firstword $(wildcard $(RUN)/tiles/val_images*/*.jpg))
 
 # With SITE_REPOSITORY=https://github.com/OWNER/NAME pages have links to edit and open.
 site: .venv/installed

@@ -166,8 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
             parser.exit(1, f"error: {error}\n")
         ask = {"model_name": args.model_name, "protocol": args.protocol}
         app = page(examples, server=str(server), **ask)
-        print(f"asking {server}; open http://127.0.0.1:{args.port}", flush=True)
-        uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning")
+        # says where it listens, once it does
+        uvicorn.run(app, host="127.0.0.1", port=args.port, access_log=False)
 
 
 if __name__ == "__main__":
