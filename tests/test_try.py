@@ -184,7 +184,7 @@ def test_an_example_is_drawn_and_the_page_fits_a_phone(
     shown(page)
     slide(page, 0.5 if TRAINED else 0)
     target = PICTURE if TRAINED else tmp_path / "try.jpg"
-    page.screenshot(path=target, type="jpeg", quality=70)
+    page.screenshot(path=target, type="jpeg", quality=60)
     coloured = """canvas => new Set(canvas.getContext('2d').getImageData(
       0, 0, canvas.width, canvas.height).data).size"""
     assert page.locator("#canvas").evaluate(coloured) > 50
