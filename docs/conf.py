@@ -40,6 +40,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_mock_imports = ["ts"]  # TorchServe; it prints what it finds on the machine
+viewcode_follow_imported_members = False  # would import it after all
 napoleon_use_rtype = False
 default_role = "code"  # `name` in a docstring
 add_module_names = False
