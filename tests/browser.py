@@ -35,6 +35,7 @@ def page(browser):
     """
     size = {"width": 1280, "height": 900}
     with browser.new_context(viewport=size, color_scheme="light") as context:
+        context.set_default_timeout(120_000)  # ms; other tests share the cores
         page = context.new_page()
         page.complaints = []
 
