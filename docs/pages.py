@@ -22,6 +22,7 @@ FOLDER = "_pictures"  # of what HTML inside a page shows; Sphinx copies it as it
 LINK = re.compile(
     r"""(\]\(|^\[[^\]\n]+\]: |\b(?:src|srcset|href)=["'])([^)\s"'#]+)""", re.M
 )
+ANCHOR = re.compile(r"(\]\((?!\w+:)[^)\s#]*#)([^)\s]+)")  # [text](page#Heading)
 BADGE = re.compile(r"^\[!\[.*\n", re.M)  # a picture that another host draws
 
 
@@ -84,7 +85,7 @@ class Site:
                 page = re.sub(r"\.(md|rst|ipynb)$", ".html", page)
             return before + relative(self.page_of[file], page)
 
-        return LINK.sub(turned, text)
+        return ANCHOR.sub(lambda m: m[1] + slug(m[2]), LINK.sub(turned, text))
 
     def write(self, folder: Path) -> None:
         """Make a folder hold these pages and no others; equal files stay untouched."""
@@ -99,12 +100,25 @@ class Site:
                 path.write_bytes(content)
 
 
+def slug(heading: str) -> str:
+    """A heading's anchor as GitHub makes it; JupyterLab keeps capitals and commas."""
+    return re.sub(r"[^\w-]", "", heading.lower())
+
+
 def relative(page: str, other: str) -> str:
     return os.path.relpath(other, os.path.dirname(page) or ".")
 
 
 def link(page: str, name: str, other: str) -> str:
     return f"[{name}]({relative(page, other)})"
+
+
+def alternative(cell: dict) -> str:
+    """What a cell says of its pictures, which myst-nb reads of the cell itself."""
+    kinds = (
+        kind for one in cell["outputs"] for kind in one.get("metadata", {}).values()
+    )
+    return "; ".join(kind["alt"] for kind in kinds if "alt" in kind)
 
 
 def quoted(text: str, suffix: str) -> str:
@@ -193,6 +207,8 @@ def arrange(root: Path, folder: Path) -> dict[str, str]:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = site.linked(file, "".join(cell["source"]))
+            elif told := alternative(cell):
+                cell["metadata"]["mystnb"] = {"image": {"alt": told}}
         site.text[file] = json.dumps(notebook)
     files.remove("README.md")
     site.text["index.md"] += (

@@ -49,6 +49,13 @@ def site(folder):
         server.shutdown()
 
 
+def test_pictures_of_notebooks_have_their_alternative_texts(folder):
+    text = (folder / "notebooks" / "02_data_prep.html").read_text()
+    pictures = re.findall(r"<img [^>]*_images[^>]*>", text)
+    assert len(pictures) > 5
+    assert all(re.search(r'alt="[^"]{9,}"', one) for one in pictures)
+
+
 def test_no_link_of_the_site_is_dead(folder):
     texts = {f: f.read_text() for f in folder.rglob("*.html")}
     ids = {f: set(re.findall(r'\bid="([^"]*)"', text)) for f, text in texts.items()}
@@ -140,6 +147,13 @@ def small(tmp_path):
 def write_notebook(root: Path, text: str) -> None:
     cell = {"cell_type": "markdown", "source": [text]}
     (root / "notebooks" / "1.ipynb").write_text(json.dumps({"cells": [cell]}))
+
+
+def test_an_anchor_of_jupyterlab_is_found_on_the_site(small):
+    write_notebook(small, "# One\n[a](#Right,-false,-missed) [b](../README.md#A-B)")
+    arrange(small, small / "out")
+    notebook = (small / "out" / "notebooks" / "1.ipynb").read_text()
+    assert "(#right-false-missed)" in notebook and "index.md#a-b)" in notebook
 
 
 def test_a_file_or_folder_that_a_notebook_links_to_becomes_a_page(small):
