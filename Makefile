@@ -14,8 +14,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 # The jobs of CI. Every test file is in exactly one of them: what is named nowhere else
 # belongs to test-core.
 CLUSTER := $(wildcard tests/test_determined_*.py tests/test_ray*.py)
-SERVING := $(patsubst %,tests/test_%.py,client cluster engines export faults k8s predictor rollout \
-  serve_benchmark torchserve)
+SERVING := $(patsubst %,tests/test_%.py,client cluster engines export faults k8s predictor \
+  rollout serve_benchmark torchserve try)
 CORE := $(filter-out $(CLUSTER) $(SERVING),$(wildcard tests/test_*.py))
 # Two processes of pytest, because many tests wait for processes of their own. A file
 # stays in one of them with its fixtures, and the notebooks, which take longest, begin.
@@ -24,14 +24,16 @@ PYTEST := $(BIN)/python -m pytest --durations=40
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo notebooks test test-fast test-core test-cluster test-serving \
-  test-notebooks lab lint lock types bench clean another
+  test-notebooks lab site try lint lock types bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
 	@echo "make test       all tests, the notebooks among them"
 	@echo "make test-fast  without notebooks and servers"
 	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
-	@echo "make lab        JupyterLab on the notebooks"
+	@echo "make lab        JupyterLab on the notebooks; LAB='--ip=0.0.0.0' in a container"
+	@echo "make try        a page to try the demo's detector, or SERVER=http://..."
+	@echo "make site       notebooks, helpers and benchmarks as web pages, in runs/site"
 	@echo "make lint       ruff"
 	@echo "make lock       the lock files anew from requirements.txt"
 	@echo "make types      mypy"
@@ -115,8 +117,33 @@ test-serving: .venv/installed
 test-notebooks: .venv/installed
 	@$(PYTEST) tests/notebooks
 
+# The first notebook, and its headings beside it: a layout that JupyterLab goes on with
+# under this name. As root, as in NVIDIA's container, it starts only if told to.
+LAYOUT := runs/lab/default-37a8.jupyterlab-workspace
 lab: .venv/installed
-	@$(BIN)/python -m jupyterlab notebooks
+	@mkdir -p runs/lab
+	@test -e $(LAYOUT) || cp .ci/lab.jupyterlab-workspace $(LAYOUT)
+	@$(BIN)/python -m jupyterlab notebooks --LabApp.workspaces_dir="$(CURDIR)/runs/lab" \
+	  --LabApp.default_url=/lab/tree/01_install.ipynb \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+
+# Without SERVER the detector of the last demo is served here. The scene to try it on
+# is drawn from a seed that nothing was trained on.
+ARTEFACT := $(RUN)/serving/artefact
+TRY := $(if $(SERVER),--server "$(SERVER)",--artefact "$(ARTEFACT)")
+try: .venv/installed
+	@test -n "$(SERVER)" || test -d "$(ARTEFACT)" || { echo "there is no $(ARTEFACT):" \
+	  "run make demo first, or make try SERVER=http://HOST:PORT"; exit 1; }
+	@$(BIN)/python -m sample_data --output_dir runs/try --scenes 1 --seed 7 >/dev/null
+	@$(BIN)/python -m kserve_utils.try_page $(TRY) --examples runs/try/train_images \
+	  $(firstword $(wildcard $(RUN)/tiles/val_images*/*.jpg))
+
+# With SITE_REPOSITORY=https://github.com/OWNER/NAME pages have links to edit and open.
+site: .venv/installed
+	@mkdir -p runs/site-build/source
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d runs/site-build/doctrees \
+	  runs/site-build/source runs/site
+	@echo "Done: runs/site/index.html"
 
 lint: .venv/installed
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

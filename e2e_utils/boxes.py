@@ -16,12 +16,23 @@ CHUNK = 1_000_000  # pairs compared at a time, which bounds the memory
 
 
 def area(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Of each box, in the dtype of the boxes."""
+    """Of each box, in the dtype of the boxes.
+
+    Example:
+        >>> area(np.array([[0.0, 0, 13, 13], [2, 2, 5, 4]])).tolist()
+        [169.0, 6.0]
+    """
     return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
 
 
 def intersection(one_xyxy: np.ndarray, other_xyxy: np.ndarray) -> np.ndarray:
-    """Area that each box of (N, 4) shares with that of the same row, (N,)."""
+    """Area that each box of (N, 4) shares with that of the same row, (N,).
+
+    Example:
+        >>> car, found = np.array([[0.0, 0, 13, 13]]), np.array([[2.0, 2, 15, 15]])
+        >>> intersection(car, found).tolist()
+        [121.0]
+    """
     low = np.maximum(one_xyxy[:, :2], other_xyxy[:, :2])
     sides = np.minimum(one_xyxy[:, 2:], other_xyxy[:, 2:]) - low
     return sides.clip(min=0).prod(axis=1)
@@ -46,6 +57,13 @@ def neighbours(
 
     Raises:
         ValueError: a coordinate is not finite.
+
+    Example:
+        >>> a = np.array([[0.0, 0, 10, 10]])
+        >>> b = np.array([[5.0, 5, 9, 9], [80, 80, 90, 90]])
+        >>> pairs = neighbours(a, np.array([1]), b, np.array([1, 1]))
+        >>> [(i.tolist(), j.tolist()) for i, j in pairs if len(i)]
+        [([0], [0])]
     """
     if not len(a_xyxy) or not len(b_xyxy):
         return
@@ -90,6 +108,13 @@ def iou_pairs(
 
     Returns:
         Indices into `a` and `b`, int64 (P,) each, and the IoU, (P,), in any order.
+
+    Example:
+        >>> car, found = np.array([[0.0, 0, 13, 13]]), np.array([[2.0, 2, 15, 15]])
+        >>> image = np.array([7])  # both are in image 7
+        >>> a, b, iou = iou_pairs(car, image, found, image, at_least=0.5)
+        >>> a.tolist(), b.tolist(), iou.round(3).tolist()
+        ([0], [0], [0.558])
     """
     area_a, area_b = area(a_xyxy), area(b_xyxy)
     parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, a_xyxy.dtype))]
@@ -107,7 +132,14 @@ def iou_pairs(
 def nearest(
     a: np.ndarray, b: np.ndarray, iou: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the pairs of `iou_pairs` the best of each `a`, of equal ones the first `b`."""
+    """Of the pairs of `iou_pairs` the best of each `a`, of equal ones the first `b`.
+
+    Example:
+        >>> a, b = np.array([0, 0, 1]), np.array([4, 5, 5])
+        >>> iou = np.array([0.6, 0.8, 0.7])
+        >>> [part.tolist() for part in nearest(a, b, iou)]
+        [[0, 1], [5, 5], [0.8, 0.7]]
+    """
     order = np.lexsort((b, -iou, a))
     first = order[np.unique(a[order], return_index=True)[1]]
     return a[first], b[first], iou[first]
@@ -130,6 +162,11 @@ def nms(
 
     Returns:
         Indices of the boxes that stay, int64, by descending score.
+
+    Example:
+        >>> boxes = np.array([[0.0, 0, 13, 13], [1, 1, 14, 14], [50, 50, 63, 63]])
+        >>> nms(boxes, np.array([0.7, 0.9, 0.8]), np.array([1, 1, 1]), 0.5).tolist()
+        [1, 2]
     """
     best_first = np.argsort(-scores, kind="stable")
     rank = np.empty_like(best_first)
@@ -166,6 +203,12 @@ def parts_of_others(
 
     Returns:
         bool (N,).
+
+    Example:
+        >>> boxes = np.array([[90.0, 0, 130, 20], [100, 0, 130, 20]])
+        >>> groups, cut = np.array([1, 1]), np.array([False, True])
+        >>> parts_of_others(boxes, groups, cut).tolist()
+        [False, True]
     """
     part, areas = np.zeros(len(cut), bool), area(boxes_xyxy)
     which = np.flatnonzero(cut)

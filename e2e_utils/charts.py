@@ -80,13 +80,14 @@ def histogram(
     Args:
         values: numbers.
         xlabel, ylabel: of the axes.
-        marks: {what the line means: where it stands}.
+        marks: {what the line means: where it stands}, three at most.
     """
     figure, (axis,) = axes(7.5, 2.6)
     values = list(values)
     axis.hist(values, bins=30, color=as_hex(COLORS["plain"]))
-    for text, value in marks.items():
-        axis.axvline(value, color=as_hex(COLORS["score"]), label=f"{text}: {value:g}")
+    for style, (text, value) in zip(("-", "--", ":"), marks.items(), strict=False):
+        color = as_hex(COLORS["score"])
+        axis.axvline(value, color=color, ls=style, label=f"{text}: {value:g}")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.set_label(f"histogram of {xlabel}, {min(values):g} to {max(values):g}")

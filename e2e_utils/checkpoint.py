@@ -42,6 +42,12 @@ def describe(config: TrainConfig, tiles: dict) -> dict:
         default that changes later does not change this detector), "class_names" (index
         = label, the background first), "category_ids" (COCO id of label 1, 2, ...),
         "tile_size", "overlap" and "stretch" (`Stretch.to_dict` of the scenes, or None).
+
+    Example:
+        >>> tiles = {"class_names": ["background", "car"], "tile_size": 300}
+        >>> content = describe(TrainConfig("tiles", "out"), tiles)
+        >>> content["architecture"], content["settings"]["min_size"]
+        ('fasterrcnn_small', 300)
     """
     return {
         "architecture": config.model,
@@ -57,6 +63,10 @@ def bare_weights(weights: dict) -> dict:
 
     DistributedDataParallel writes "module." before each, torch.compile "_orig_mod."
     before those of what was compiled, both in either order.
+
+    Example:
+        >>> bare_weights({"module._orig_mod.head.bias": 0.5})
+        {'head.bias': 0.5}
     """
     return {
         re.sub(r"^module\.", "", name.replace("_orig_mod.", "")): value
@@ -65,7 +75,15 @@ def bare_weights(weights: dict) -> dict:
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Write a checkpoint so that it appears whole or not at all."""
+    """Write a checkpoint so that it appears whole or not at all.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/last.pt", {"step": 250})
+        ...     load_file(f"{folder}/last.pt")
+        {'step': 250}
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -126,6 +144,17 @@ def model_from_checkpoint(
 
     Raises:
         ValueError: not such a checkpoint; the message names the file and what lacks.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> names = ["background", "car"]
+        >>> content = describe(TrainConfig("tiles", "out"), {"class_names": names})
+        >>> weights = build_model(content["architecture"], 2).state_dict()
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/best.pt", {"model": weights, **content})
+        ...     model, meta = model_from_checkpoint(f"{folder}/best.pt")
+        >>> meta["class_names"], model.training
+        (['background', 'car'], False)
     """
     checkpoint = read_checkpoint(path, device)
     model = load_detector(checkpoint, path).to(device)

@@ -24,6 +24,11 @@ def read_classes(
 
     Raises:
         ValueError: a file is not of that form, or a class has no name.
+
+    Example:
+        >>> classes = read_classes()
+        >>> len(classes), classes[18]  # by type id
+        (60, (5, 'Small Car'))
     """
     here = Path(__file__).with_name("xview_classes.json")
     table = json.loads(here.read_text())["classes"]
@@ -50,5 +55,10 @@ def read_classes(
 
 
 def class_names() -> list[str]:
-    """Names of a detector's labels for xView: index = label, the background first."""
+    """Names of a detector's labels for xView: index = label, the background first.
+
+    Example:
+        >>> class_names()[:3]
+        ['background', 'Fixed-wing Aircraft', 'Small Aircraft']
+    """
     return ["background", *(name for _, name in read_classes().values())]

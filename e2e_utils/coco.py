@@ -141,7 +141,13 @@ def _corners(coco: Coco) -> np.ndarray:
 
 
 def boxes_xyxy(coco: Coco) -> np.ndarray:
-    """Boxes of the annotations as detectors see them: float32 (N, 4) in pixels."""
+    """Boxes of the annotations as detectors see them: float32 (N, 4) in pixels.
+
+    Example:
+        >>> car = Annotation(id=1, image_id=1, category_id=3, bbox=Box(10, 20, 13, 13))
+        >>> boxes_xyxy(Coco([], [car], [])).tolist()
+        [[10.0, 20.0, 23.0, 33.0]]
+    """
     return _corners(coco).astype(np.float32)
 
 
@@ -154,6 +160,12 @@ def count_defects(defects: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str,
     Returns:
         int64 (K,), indices of the rows without any; and how many rows each reason
         costs, where a row counts for the first that holds.
+
+    Example:
+        >>> none, small = np.array([True, False, False]), np.array([True, True, False])
+        >>> kept, dropped = count_defects({"no class": none, "too small": small})
+        >>> kept.tolist(), dropped
+        ([2], {'no class': 1, 'too small': 1})
     """
     kept, dropped = np.array(True), {}
     for reason, bad in defects.items():
@@ -169,6 +181,17 @@ def usable_boxes(coco: Coco) -> tuple[list[np.ndarray], dict[str, int]]:
         [index of the image int64 (N,), ascending; category id int64 (N,); iscrowd
         int64 (N,); boxes_xyxy float64 (N, 4) in pixels], and how many were left out
         by each reason. A negative width or height counts as absolute, as in SAHI.
+
+    Example:
+        >>> image, car = Image(100, 100, 1, "1.png"), Category(3, "car")
+        >>> sizes = [13, 13], [0, 13]
+        >>> rows = [
+        ...     Annotation(id=i, image_id=1, category_id=3, bbox=Box(10, 20, *size))
+        ...     for i, size in enumerate(sizes)
+        ... ]
+        >>> (_, _, _, boxes), dropped = usable_boxes(Coco([image], rows, [car]))
+        >>> boxes.tolist(), dropped["zero area"]
+        ([[10.0, 20.0, 23.0, 33.0]], 1)
     """
     rows, xyxy = coco.annotations, _corners(coco)
     position = {image.id: i for i, image in enumerate(coco.images)}
@@ -205,6 +228,11 @@ def to_annotations(
         image_ids, category_ids: int64 (N,).
         outlines: `segmentation` is the box's four corners in whole pixels; else empty.
         crowd: int64 (N,), `iscrowd` of each; 0 by default.
+
+    Example:
+        >>> xywh, ids = np.array([[10.0, 20, 13, 13]]), np.array([1])
+        >>> to_annotations(xywh, ids, ids)[0].bbox
+        Box(x=10.0, y=20.0, width=13.0, height=13.0)
     """
     x, y, w, h = boxes_xywh.T
     polygons: Iterable = repeat(())
@@ -229,5 +257,14 @@ def to_annotations(
 
 
 def write_coco(path: str | Path, coco: Coco) -> None:
-    """Write a COCO file whole or not at all."""
+    """Write a COCO file whole or not at all.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> coco = Coco([Image(600, 800, 1, "1.tif")], [], [Category(1, "car")])
+        >>> with TemporaryDirectory() as folder:
+        ...     write_coco(f"{folder}/labels.json", coco)
+        ...     read_coco(f"{folder}/labels.json").categories[0].name
+        'car'
+    """
     write_file(path, [msgspec.json.encode(coco)])

@@ -127,6 +127,10 @@ def whole(name: str, value: typing.Any) -> int:
 
     Raises:
         ValueError: it is none.
+
+    Example:
+        >>> whole("steps", 1e5)  # as YAML and papermill give it
+        100000
     """
     if not _is_number(value) or value % 1 != 0:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
@@ -152,6 +156,11 @@ def from_recipe(
 
     Raises:
         ValueError: no such recipe.
+
+    Example:
+        >>> config = from_recipe("xview", "tiles", "out", tile_size=512, epochs=2)
+        >>> config.model, config.epochs, config.settings["min_size"]
+        ('fasterrcnn_resnet50_fpn', 2, 512)
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -175,6 +184,12 @@ def check_same_run(saved: dict, wanted: TrainConfig) -> None:
         saved: asdict of the configuration that began it. A field that it lacks did
             not exist then, and has its default.
         wanted: the configuration asked for; its output_dir is named in the error.
+
+    Example:
+        >>> check_same_run({"lr": 1e-3}, TrainConfig("tiles", "out", lr=2e-3))
+        Traceback (most recent call last):
+            ...
+        ValueError: out holds a run of another configuration (lr: 0.001 there, ...
     """
     saved = {**asdict(TrainConfig("", "")), **saved}
     changed = [
@@ -190,7 +205,13 @@ def check_same_run(saved: dict, wanted: TrainConfig) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> TrainConfig:
-    """A TrainConfig from command line flags; each field is a flag."""
+    """A TrainConfig from command line flags; each field is a flag.
+
+    Example:
+        >>> flags = "--data-path tiles --output-dir out --lr-steps 16 22"
+        >>> parse_args(flags.split()).lr_steps
+        [16, 22]
+    """
     parser = argparse.ArgumentParser(
         "e2e_utils.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

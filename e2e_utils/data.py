@@ -159,7 +159,12 @@ class RandomTranspose(v2.Transform):
 
 
 def default_augment(brightness: float = 0.2, contrast: float = 0.2) -> v2.Transform:
-    """Flips, transpose, brightness and contrast: what light and direction vary."""
+    """Flips, transpose, brightness and contrast: what light and direction vary.
+
+    Example:
+        >>> [type(step).__name__ for step in default_augment().transforms]
+        ['RandomHorizontalFlip', 'RandomVerticalFlip', 'RandomTranspose', 'ColorJitter']
+    """
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(),
@@ -171,7 +176,12 @@ def default_augment(brightness: float = 0.2, contrast: float = 0.2) -> v2.Transf
 
 
 def collate(items: list[tuple]) -> tuple[list, list]:
-    """Items to (images, targets): tiles differ in size, so they stay lists."""
+    """Items to (images, targets): tiles differ in size, so they stay lists.
+
+    Example:
+        >>> collate([("tile 1", {"image_id": 1}), ("tile 2", {"image_id": 2})])
+        (['tile 1', 'tile 2'], [{'image_id': 1}, {'image_id': 2}])
+    """
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
 
@@ -211,6 +221,11 @@ def train_loader(
         steps: of the whole run.
         workers: processes that load.
         **order: of `StepSampler`: start, seed, rank, world_size, repeats, groups.
+
+    Example:
+        >>> batches = train_loader(range(4), batch_size=2, steps=2).batch_sampler
+        >>> sorted(index for batch in batches for index, augment_seed in batch)
+        [0, 1, 2, 3]
     """
     tiles = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no __len__
     sampler = StepSampler(tiles, batch_size, steps, **order)
@@ -227,7 +242,13 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """A loader over this rank's share of the tiles, each tile exactly once."""
+    """A loader over this rank's share of the tiles, each tile exactly once.
+
+    Example:
+        >>> tiles = [("tile 0", {}), ("tile 1", {}), ("tile 2", {})]
+        >>> [images for images, _ in eval_loader(tiles, rank=0, world_size=2)]
+        [['tile 0', 'tile 2']]
+    """
     tiles = len(dataset)  # type: ignore[arg-type]  # as above
     share = Subset(dataset, range(rank, tiles, world_size))
     return _loader(share, workers, batch_size=batch_size)

@@ -40,7 +40,12 @@ METRICS = {
 
 
 def searcher_metrics(metrics: dict) -> dict[str, float]:
-    """The figures of `coco_metrics` that have a value, by the names of `METRICS`."""
+    """The figures of `coco_metrics` that have a value, by the names of `METRICS`.
+
+    Example:
+        >>> searcher_metrics({"AP": 0.5, "AP50": 0.9, "AP_large": None, "step": 250})
+        {'mAP': 0.5, 'mAP_50': 0.9}
+    """
     values = {name: metrics.get(key) for name, key in METRICS.items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -84,7 +89,13 @@ def detect(
 def to_coco(
     image_id: int | str, output: dict, category_ids: list[int] | None = None
 ) -> list[dict]:
-    """One image's {"boxes" or "boxes_xyxy", "labels", "scores"} as COCO results."""
+    """One image's {"boxes" or "boxes_xyxy", "labels", "scores"} as COCO results.
+
+    Example:
+        >>> output = {"boxes": [[10, 20, 23, 33]], "labels": [2], "scores": [0.5]}
+        >>> to_coco(7, output, category_ids=[11, 18])
+        [{'image_id': 7, 'category_id': 18, 'bbox': [10.0, 20.0, 13.0, 13.0], ...
+    """
     boxes = output.get("boxes", output.get("boxes_xyxy"))
     boxes = torch.as_tensor(boxes).float().cpu().reshape(-1, 4)
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
@@ -170,6 +181,18 @@ def coco_metrics(
 
     Raises:
         ValueError: a detection's image or category is not in the ground truth.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> truth = {
+        ...     "images": [{"id": 1}],
+        ...     "annotations": [{"id": 1, **car}],
+        ...     "categories": [{"id": 3, "name": "car"}],
+        ... }
+        >>> found = {**car, "bbox": [12, 22, 13, 13], "score": 0.9}  # IoU 0.56
+        >>> metrics = coco_metrics(truth, [found])
+        >>> metrics["AP50"], metrics["AP75"], round(metrics["AP"], 3)
+        (1.0, 0.0, 0.2)
     """
     ground_truth, found = read_ground_truth(ground_truth, detections, image_ids)
     run = _matched(ground_truth, found, max_dets)
@@ -214,6 +237,14 @@ def recall_ceiling(
 
     Raises:
         ValueError: there is no object, or a cap is below 1.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 13, 13]}
+        >>> cars = [{"id": i, **car} for i in range(400)]
+        >>> classes = [{"id": 3, "name": "car"}]
+        >>> truth = {"images": [{"id": 1}], "annotations": cars, "categories": classes}
+        >>> recall_ceiling(truth, caps=[100, 300])
+        {100: 0.25, 300: 0.75}
     """
     keys = ("image_id", "category_id") if per_class else ("image_id",)
     rows = read_ground_truth(ground_truth, [])[0]["annotations"]

@@ -63,6 +63,14 @@ def read_experiment(path: str | Path, overrides: list[str] | None = None) -> dic
 
     Raises:
         ValueError: no experiment, or a malformed override.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "const.yaml")
+        ...     _ = path.write_text("hyperparameters: {lr: 0.001}")
+        ...     read_experiment(path, ["lr=2.0e-3"])
+        {'hyperparameters': {'lr': 0.002}}
     """
     config = yaml.safe_load(Path(path).read_text())
     if not isinstance(config, dict) or "hyperparameters" not in config:
@@ -98,7 +106,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> dict:
 
 
 def check_hparams(hparams: dict) -> None:
-    """Raise ValueError for a hyperparameter that is missing or that nothing reads."""
+    """Raise ValueError for a hyperparameter that is missing or that nothing reads.
+
+    Example:
+        >>> check_hparams({"global_batch_size": 8, "max_batches": 100})
+        Traceback (most recent call last):
+            ...
+        ValueError: the hyperparameters lack backend
+    """
     unknown = sorted(set(hparams) - set(HYPERPARAMETERS))
     if unknown:
         raise ValueError(
@@ -127,6 +142,12 @@ def train_config(
     Raises:
         ValueError: as `check_hparams`, a number that is not whole, a global_batch_size
             that cannot be divided, or no such amp.
+
+    Example:
+        >>> hparams = {"global_batch_size": 8, "max_batches": 100, "backend": "local"}
+        >>> config = train_config({**hparams, "warmup_batches": 5}, processes=4)
+        >>> config.batch_size, config.steps, config.warmup
+        (2, 100, 0.05)
     """
     check_hparams(hparams)
     size = whole("global_batch_size", hparams["global_batch_size"])
@@ -159,6 +180,10 @@ def fetch_tiles(hparams: dict, scratch: str | Path = "", local_rank: int = 0) ->
 
     Raises:
         ValueError: an unknown backend, or a data_dir that does not fit it.
+
+    Example:
+        >>> fetch_tiles({"backend": "local", "data_dir": "/data/tiles"})
+        '/data/tiles'
     """
     backend, where = hparams["backend"], str(hparams.get("data_dir") or "")
     if backend == "fake":
@@ -198,6 +223,10 @@ def absolute_init(value: Any) -> Any:
 
     Raises:
         ValueError: a URL; nothing fetches a checkpoint.
+
+    Example:
+        >>> absolute_init("/runs/best.pt"), absolute_init(None)
+        ('/runs/best.pt', None)
     """
     if isinstance(value, dict):
         if "vals" not in value:

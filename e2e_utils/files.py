@@ -28,6 +28,14 @@ def find_files(given: Iterable[str | Path], endings: Sequence[str]) -> dict[str,
 
     Raises:
         FileNotFoundError: one of `given` names nothing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("1.tif", "2.tif", "notes.txt"):
+        ...         Path(folder, name).touch()
+        ...     list(find_files([folder], [".tif"]))
+        ['1.tif', '2.tif']
     """
     paths: dict[str, None] = {}
     for text in map(str, given):
@@ -58,6 +66,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Yields:
         Where to write it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with atomic_path(f"{folder}/a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     Path(folder, "a.txt").read_text()
+        'whole'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -74,7 +90,12 @@ def digest(path: str | Path) -> str:
 
 
 def relative_path(path: str | Path, folder: str | Path) -> str:
-    """A path as seen from a folder: the two may move, or be copied, together."""
+    """A path as seen from a folder: the two may move, or be copied, together.
+
+    Example:
+        >>> relative_path("/data/scenes/1.tif", "/data/tiles")
+        '../scenes/1.tif'
+    """
     path = Path(path).resolve()
     try:
         return Path(os.path.relpath(path, Path(folder).resolve())).as_posix()
@@ -88,6 +109,13 @@ def write_file(path: str | Path, parts: Iterable[bytes | memoryview]) -> None:
     Args:
         path: the file; replaced if it is there.
         parts: its content.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_file(f"{folder}/a.bin", [b"one", b"two"])
+        ...     digest(f"{folder}/a.bin")[:8]
+        '25b6746d'
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.writelines(parts)

@@ -153,6 +153,13 @@ def to_geojson(found: dict, scene: str | None = None) -> dict:
         downwards, which the members "unit": "pixel" and "crs" (`PIXELS`) say.
         Properties of a feature: "scene", "class_name", "class_id" (the label, 1..C),
         "score" (0..1), and the box in pixels, "x1", "y1", "x2", "y2".
+
+    Example:
+        >>> box = {"boxes_xyxy": [[1, 2, 14, 15]], "names": ["car"]}
+        >>> found = {**box, "labels": np.array([1]), "scores": [0.9]}
+        >>> content = to_geojson(found, "5.tif")
+        >>> content["unit"], content["features"][0]["geometry"]["coordinates"][0]
+        ('pixel', [[1.0, 2.0], [14.0, 2.0], [14.0, 15.0], [1.0, 15.0], [1.0, 2.0]])
     """
     rows, polygons = _rows(found, scene), _geometries(found)
     features = [
@@ -179,6 +186,11 @@ def output_files(path: str | Path, places: dict[str, Georeference | None]) -> di
     Raises:
         ValueError: no scene, another ending than those of `FORMATS`, scenes with and
             without georeference in one file, or two scenes with one {scene}.
+
+    Example:
+        >>> files = output_files("boxes/{scene}.gpkg", {"1.tif": None, "2.tif": None})
+        >>> [(file.as_posix(), scenes) for file, scenes in files.items()]
+        [('boxes/1.gpkg', ['1.tif']), ('boxes/2.gpkg', ['2.tif'])]
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -227,6 +239,15 @@ def write_boxes(
 
     Raises:
         ValueError: see `output_files`, or boxes without names.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> box = {"boxes_xyxy": [[1, 2, 14, 15]], "names": ["car"]}
+        >>> found = {**box, "labels": np.array([1]), "scores": [0.9]}
+        >>> with TemporaryDirectory() as folder:
+        ...     (file,) = write_boxes(f"{folder}/boxes.json", {"5.tif": found})
+        ...     json.loads(file.read_text())[0]["bbox"]
+        [1.0, 2.0, 13.0, 13.0]
     """
     places = {name: found.get("georeference") for name, found in scenes.items()}
     files, own_crs = output_files(path, places), "{scene}" in str(path)

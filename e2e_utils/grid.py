@@ -33,6 +33,10 @@ def tile_grid(height: int, width: int, size: int, overlap: float) -> np.ndarray:
 
     Raises:
         ValueError: a size or the overlap is out of range.
+
+    Example:
+        >>> tile_grid(300, 700, size=300, overlap=0.2).tolist()
+        [[0, 0, 300, 300], [240, 0, 540, 300], [400, 0, 700, 300]]
     """
     if size < 1:
         raise ValueError(f"tile size is {size}; give a number of pixels from 1 up")
@@ -64,6 +68,13 @@ def clip_to_tiles(
     Returns:
         tile int64 (P,) ascending, box int64 (P,) ascending within a tile, and
         clipped_xyxy float64 (P, 4) in scene pixels.
+
+    Example:
+        >>> grid = tile_grid(300, 540, size=300, overlap=0.2)  # two tiles, 60 px shared
+        >>> car = np.array([[290.0, 100, 303, 113]])  # cut by the first
+        >>> tile, box, clipped = clip_to_tiles(car, grid)
+        >>> tile.tolist(), clipped.tolist()
+        ([0, 1], [[290.0, 100.0, 300.0, 113.0], [290.0, 100.0, 303.0, 113.0]])
     """
     x1, x2 = grid[grid[:, 1] == grid[0, 1]][:, [0, 2]].T  # the first row's columns
     y1, y2 = grid[grid[:, 0] == grid[0, 0]][:, [1, 3]].T

@@ -20,7 +20,14 @@ PNG_END, JPEG_END = b"\0\0\0\0IEND\xaeB`\x82", b"\xff\xd9"
 
 
 def check_upright(orientation: int) -> None:
-    """Refuse what a viewer turns: were its boxes drawn before or after the turn?"""
+    """Refuse what a viewer turns: were its boxes drawn before or after the turn?
+
+    Example:
+        >>> check_upright(6)
+        Traceback (most recent call last):
+            ...
+        ValueError: its orientation tag, 6, rotates it; store it upright
+    """
     if orientation != 1:
         raise ValueError(
             f"its orientation tag, {orientation}, rotates it; store it upright"
@@ -42,6 +49,12 @@ def open_image(
     Raises:
         ValueError, OSError, SyntaxError: no PNG or JPEG, or turned by its orientation
             tag; the function raises them if it is truncated or corrupt.
+
+    Example:
+        >>> pixels = np.full((300, 200, 3), 128, np.uint8)
+        >>> size, dtype, decode = open_image(cv2.imencode(".png", pixels)[1].tobytes())
+        >>> size, dtype, decode()[0, 0].tolist()
+        ((300, 200), 'uint8', [128, 128, 128])
     """
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
         head = file.read(32)

@@ -121,6 +121,17 @@ def confusion_matrix(
 
     Raises:
         ValueError: a detection's image or category is not in the ground truth.
+
+    Example:
+        >>> plane = {"image_id": 1, "category_id": 11, "bbox": [10, 20, 30, 30]}
+        >>> truth = {
+        ...     "images": [{"id": 1}],
+        ...     "annotations": [plane],
+        ...     "categories": [{"id": 11, "name": "plane"}, {"id": 18, "name": "car"}],
+        ... }
+        >>> found = {**plane, "category_id": 18, "score": 0.9}
+        >>> confusion_matrix(truth, [found]).tolist()
+        [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
     """
     ground_truth, _, _, kept = _select(ground_truth, detections, score_threshold)
     image, category, boxes = columns(ground_truth["annotations"])
@@ -185,6 +196,18 @@ def mistakes(
 
     Source: TIDE (Bolya et al., 2020, arXiv:2008.08115), its kinds, thresholds, and the
     order of the tests in its tidecv.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 18, "bbox": [10, 20, 13, 13]}
+        >>> truth = {
+        ...     "images": [{"id": 1}],
+        ...     "annotations": [car, {**car, "bbox": [60, 20, 13, 13]}],
+        ...     "categories": [{"id": 18, "name": "car"}],
+        ... }
+        >>> near = {**car, "bbox": [13, 23, 13, 13], "score": 0.9}  # IoU 0.42
+        >>> kinds = mistakes(truth, [near])
+        >>> {kind: rows.tolist() for kind, rows in kinds.items() if len(rows)}
+        {'localisation': [[0, 0]], 'missed': [[-1, 1]]}
     """
     if not 0 < background_iou < iou_threshold <= 1:
         raise ValueError(
@@ -243,6 +266,13 @@ def right_false_missed(
         {"right", "false", "missed": int64 (K, 2)}: the index in `found`, by descending
         score, and that in `truth`; -1 for none. "right" is what `mistakes` calls
         "correct", "false" are all other detections, "missed" all other objects.
+
+    Example:
+        >>> truth = {"boxes": [[0, 0, 13, 13], [60, 0, 73, 13]], "labels": [1, 1]}
+        >>> found = {"boxes": [[2, 2, 15, 15]], "labels": [1], "scores": [0.9]}
+        >>> boxes = right_false_missed(truth, found)
+        >>> {what: rows.tolist() for what, rows in boxes.items()}
+        {'right': [[0, 0]], 'false': [], 'missed': [[-1, 1]]}
     """
     index = _by_score(found["scores"], score_threshold)
     found_class = np.asarray(found["labels"])[index]
@@ -265,6 +295,11 @@ def right_false_missed(
 
 
 def box_array(boxes: Mapping[str, Any]) -> np.ndarray:
-    """The boxes of a target or of detections, float64 (N, 4) x1, y1, x2, y2."""
+    """The boxes of a target or of detections, float64 (N, 4) x1, y1, x2, y2.
+
+    Example:
+        >>> box_array({"boxes": [[0, 0, 13, 13]]}).tolist()
+        [[0.0, 0.0, 13.0, 13.0]]
+    """
     given = boxes["boxes_xyxy"] if "boxes_xyxy" in boxes else boxes["boxes"]
     return np.asarray(given, np.float64).reshape(-1, 4)

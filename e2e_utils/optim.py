@@ -27,6 +27,11 @@ def make_optimizer(
 
     Raises:
         ValueError: no such optimizer.
+
+    Example:
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), TrainConfig("tiles", "out"))
+        >>> [group["weight_decay"] for group in optimizer.param_groups]  # weight, bias
+        [0.05, 0.0]
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict] = [
@@ -54,6 +59,11 @@ def lr_factor(
 
     Raises:
         ValueError: no such lr_scheduler.
+
+    Example:
+        >>> factor = lr_factor(TrainConfig("tiles", "out", warmup=0.1), 100, 50)
+        >>> [round(factor(step), 2) for step in (0, 9, 10, 55, 100)]
+        [0.09, 0.91, 1.0, 0.51, 0.01]
     """
     if config.lr_scheduler not in ("cosine", "multistep"):
         raise ValueError(
@@ -81,7 +91,14 @@ def make_scheduler(
     steps: int,
     steps_per_epoch: int,
 ) -> LambdaLR:
-    """The learning rate's schedule, to be stepped after each step of the optimizer."""
+    """The learning rate's schedule, to be stepped after each step of the optimizer.
+
+    Example:
+        >>> config = TrainConfig("tiles", "out", lr=1.0, warmup=0.1)
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), config)
+        >>> make_scheduler(optimizer, config, 10, 5).get_last_lr()
+        [0.5, 0.5]
+    """
     return LambdaLR(optimizer, lr_factor(config, steps, steps_per_epoch))
 
 
@@ -92,6 +109,13 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) ->
     The decay rises as min(decay, (1 + step) / (10 + step)), so that the random
     weights of the start are soon forgotten (TensorFlow's ExponentialMovingAverage
     with num_updates). Running statistics are averaged too, counters copied.
+
+    Example:
+        >>> average, model = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> _ = average.weight.data.fill_(0), model.weight.data.fill_(1)
+        >>> update_ema(average, model, decay=0.75, step=1000)
+        >>> average.weight.item()
+        0.25
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     values = model.state_dict()

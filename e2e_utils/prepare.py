@@ -43,6 +43,18 @@ def split_coco(
     Raises:
         ValueError: not a COCO file, one of the two that it would write, one scene
             alone, or the rate is out of range.
+
+    Example:
+        >>> import json
+        >>> from tempfile import TemporaryDirectory
+        >>> scene = {"height": 600, "width": 600}
+        >>> scenes = [{"id": i, "file_name": f"{i}.tif", **scene} for i in range(4)]
+        >>> content = {"images": scenes, "annotations": [], "categories": []}
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "labels.json").write_text(json.dumps(content))
+        ...     files = split_coco(f"{folder}/labels.json", folder)
+        ...     [len(read_coco(file).images) for file in files]
+        [3, 1]
     """
     if not 0 < train_split_rate < 1:
         raise ValueError(

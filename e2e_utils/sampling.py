@@ -42,6 +42,14 @@ def repeat_factors(dataset: Tiles, threshold: float) -> list[float] | None:
 
     Returns:
         A factor >= 1 for each tile, None where threshold is 0.
+
+    Example:
+        >>> class Tiles(list):
+        ...     def labels(self, index):
+        ...         return torch.tensor(self[index])
+        >>> tiles = Tiles([[1], [1], [1], [1, 2]])  # label 2 in a quarter of the tiles
+        >>> repeat_factors(tiles, threshold=1.0)
+        [1.0, 1.0, 1.0, 2.0]
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"repeat_threshold must be in 0..1, got {threshold!r}")
@@ -66,6 +74,12 @@ def aspect_ratio_groups(dataset: Tiles, factor: int) -> list[int] | None:
     Returns:
         A number for each tile; None where factor is -1, and where all tiles are of
         one group, since there is nothing to keep apart.
+
+    Example:
+        >>> class Tiles(list):
+        ...     size = list.__getitem__
+        >>> aspect_ratio_groups(Tiles([(300, 300), (300, 100), (290, 300)]), factor=1)
+        [2, 3, 1]
     """
     if factor < -1:
         raise ValueError(f"aspect_ratio_group_factor must be >= -1, got {factor!r}")
@@ -99,7 +113,12 @@ def epoch_length(
     repeats: list[float] | None = None,
     groups: list[int] | None = None,
 ) -> int:
-    """Tiles that one epoch shows; the arguments are those of `StepSampler`."""
+    """Tiles that one epoch shows; the arguments are those of `StepSampler`.
+
+    Example:
+        >>> epoch_length(10, batch_size=4), epoch_length(3, 4, repeats=[1, 1, 2.4])
+        (10, 5)
+    """
     counts = [_count(tiles, repeats) for tiles in _members(length, groups)]
     if groups is None:
         return counts[0]

@@ -77,6 +77,12 @@ def open_store(url: Url, **options: Any) -> ObjectStore:
         ValueError: the URL is of an unknown kind.
         RuntimeError: in a forked child of a process that used obstore before. The
             threads of obstore do not survive a fork: the child would hang.
+
+    Example:
+        >>> open_store("xview.zip://tiles")
+        Traceback (most recent call last):
+            ...
+        ValueError: xview.zip://tiles: give a path, file://, s3://, gs:// or az:// URL
     """
     if _process.setdefault("first", os.getpid()) != os.getpid():
         raise RuntimeError("obstore hangs in a forked process; start it with 'spawn'")
@@ -115,6 +121,15 @@ def upload(
     Raises:
         StorageError: refused, or still failing after the retries; names the object.
         OSError: `local_dir` is no folder, or a file cannot be read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as tiles, TemporaryDirectory() as bucket:
+        ...     _ = Path(tiles, "1.png").write_bytes(b"pixels")
+        ...     print(upload(tiles, bucket))
+        ...     print(upload(tiles, f"file://{bucket}"))
+        1 files moved (0.0 MB), 0 already there
+        0 files moved (0.0 MB), 1 already there
     """
     folder, store = Path(local_dir), open_store(url)
     if not folder.is_dir():
@@ -166,6 +181,14 @@ def sync(url: Url, local_dir: str | Path) -> TransferReport:
     Raises:
         StorageError: refused, nothing there, or still failing after the retries.
         OSError: the disk is full or not writable.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as bucket, TemporaryDirectory() as tiles:
+        ...     _ = Path(bucket, "1.png").write_bytes(b"pixels")
+        ...     report = sync(bucket, tiles)
+        ...     report.moved, Path(tiles, "1.png").read_bytes()
+        (1, b'pixels')
     """
     folder, store = Path(local_dir), open_store(url)
     there, files = _remote_stamps(url, store), _local_stamps(folder)

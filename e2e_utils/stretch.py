@@ -77,6 +77,14 @@ def percentile_stretch(
 
     Raises:
         ValueError: a band has no value that counts, or low is high in all bands.
+
+    Example:
+        >>> scene = np.tile(np.arange(1001, dtype=np.uint16)[:, None, None], 3)
+        >>> stretch = percentile_stretch(scene, 2, bands=(3, 2, 1))
+        >>> stretch.low[0], stretch.high[0]
+        (20.0, 980.0)
+        >>> stretch.apply(scene[::250])[..., 0].ravel().tolist()
+        [0, 61, 128, 194, 255]
     """
     low, high = [], []
     for band, values in zip(bands, np.moveaxis(stored, -1, 0), strict=True):
@@ -100,6 +108,14 @@ def read_stretch(path: str | Path) -> Stretch:
     Raises:
         FileNotFoundError: no such file.
         ValueError: other keys or values; the message names the file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "5.stretch.json")
+        ...     _ = path.write_text(json.dumps(as_stretch(None, [3, 2, 1]).to_dict()))
+        ...     read_stretch(path).bands
+        (3, 2, 1)
     """
     content = Path(path).read_bytes()
     return _stretch_of(lambda: json.loads(content), str(path))
@@ -113,6 +129,10 @@ def as_stretch(
     Args:
         given: itself, its `to_dict`, or its file, see `read_stretch`.
         bands: in its place, of scenes of 8 bits; such a record only chooses them.
+
+    Example:
+        >>> as_stretch(None, bands=[3, 2, 1]).bands
+        (3, 2, 1)
     """
     if bands is not None:
         if given is not None:
@@ -137,7 +157,12 @@ def _stretch_of(read: Callable[[], dict], name: str) -> Stretch:
 
 
 def is_alike(dtype: str, other: str) -> bool:
-    """Whether one stretch can be for both: 8 bits, other integers, or fractions."""
+    """Whether one stretch can be for both: 8 bits, other integers, or fractions.
+
+    Example:
+        >>> is_alike("uint16", "int32"), is_alike("uint16", "uint8")
+        (True, False)
+    """
     one, two = (d if d == "uint8" else "float" in d for d in (dtype, other))
     return one == two
 
@@ -155,6 +180,10 @@ def choose(
 
     Raises:
         ValueError: bands that are not there, or a record of another kind of numbers.
+
+    Example:
+        >>> choose("uint8", ("blue", "green", "red", "undefined"), None)
+        ((3, 2, 1), None)
     """
     if not isinstance(choice, Stretch):
         return rgb_bands(colours, choice), None
@@ -177,6 +206,10 @@ def rgb_bands(
 
     Raises:
         ValueError: bands that are not there, or not three.
+
+    Example:
+        >>> rgb_bands(("gray", "alpha"), None), rgb_bands(("undefined",) * 6, (4, 3, 2))
+        ((1, 1, 1), (4, 3, 2))
     """
     if bands is not None:
         bands = tuple(bands)

@@ -38,6 +38,14 @@ def read_ground_truth(
 
     Raises:
         ValueError: a detection's image or category is not in the ground truth.
+
+    Example:
+        >>> car = {"image_id": "a", "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> lists = {"images": [{"id": "a"}], "categories": [{"id": 3}]}
+        >>> truth = {**lists, "annotations": [car]}
+        >>> coco, found = read_ground_truth(truth, [{**car, "score": 0.9}])
+        >>> coco["images"], found[0]["image_id"]
+        ([{'id': 1}], 1)
     """
     coco = _without_unlisted(content(ground_truth))
     number = {image["id"]: image["id"] for image in coco["images"]}
@@ -70,7 +78,12 @@ def read_ground_truth(
 
 
 def content(ground_truth: str | Path | dict) -> dict:
-    """The content of a COCO file, be it given or read."""
+    """The content of a COCO file, be it given or read.
+
+    Example:
+        >>> content({"images": [], "annotations": [], "categories": []})["images"]
+        []
+    """
     if isinstance(ground_truth, dict):
         return ground_truth
     return read_coco(ground_truth, strict=False).to_dict()
@@ -80,6 +93,12 @@ def listed(coco: dict) -> np.ndarray:
     """Which annotations name an image and a category of the file, int64 (K,).
 
     Tiling leaves out the others, and so does every score.
+
+    Example:
+        >>> rows = [{"image_id": i, "category_id": 3} for i in (1, 2)]
+        >>> lists = {"images": [{"id": 1}], "categories": [{"id": 3}]}
+        >>> listed({**lists, "annotations": rows}).tolist()
+        [0]
     """
     images, categories = ({r["id"] for r in coco[k]} for k in ("images", "categories"))
     rows = coco["annotations"]
@@ -114,6 +133,13 @@ def clip_to_images(coco: dict) -> tuple[dict, np.ndarray]:
         The content with annotations cut to 0..width and 0..height of their image, their
         "area" that of the box that is left; and int64 (K,), which annotations of `coco`
         these are. Those with nothing left are dropped, and a warning counts them.
+
+    Example:
+        >>> scene = {"id": 1, "width": 100, "height": 100}
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [95, 20, 13, 13]}
+        >>> clipped, kept = clip_to_images({"images": [scene], "annotations": [car]})
+        >>> clipped["annotations"][0]["bbox"], kept.tolist()
+        ([95.0, 20.0, 5.0, 13.0], [0])
     """
     rows = coco["annotations"]
     endless = (math.inf, math.inf)
@@ -159,6 +185,13 @@ def image_truth(ground_truth: str | Path | dict, image_id: int | str) -> dict:
 
     Raises:
         ValueError: no such image.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 18, "bbox": [10, 20, 13, 13]}
+        >>> classes = [{"id": 11}, {"id": 18}]
+        >>> truth = {"images": [{"id": 1}], "annotations": [car], "categories": classes}
+        >>> {key: value.tolist() for key, value in image_truth(truth, 1).items()}
+        {'boxes_xyxy': [[10.0, 20.0, 23.0, 33.0]], 'labels': [2]}
     """
     coco = content(ground_truth)
     if image_id not in {image["id"] for image in coco["images"]}:
@@ -182,6 +215,13 @@ def fullest_image(ground_truth: str | Path | dict, start: str = "") -> dict:
 
     Raises:
         ValueError: there are no images.
+
+    Example:
+        >>> labels = (1, 3), (2, 3), (2, 7)
+        >>> rows = [{"image_id": i, "category_id": c} for i, c in labels]
+        >>> images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2)]
+        >>> fullest_image({"images": images, "annotations": rows})["file_name"]
+        '2.jpg'
     """
     coco = content(ground_truth)
     rows = [r for r in coco["images"] if str(r["file_name"]).startswith(start)]
@@ -199,6 +239,11 @@ def to_labels(coco: dict, category: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: an id is not among the file's categories.
+
+    Example:
+        >>> classes = {"categories": [{"id": 11}, {"id": 18}]}
+        >>> to_labels(classes, np.array([18, 11])).tolist()
+        [2, 1]
     """
     ids = np.array(sorted(row["id"] for row in coco["categories"]), np.int64)
     foreign = np.setdiff1d(category, ids)
@@ -208,7 +253,13 @@ def to_labels(coco: dict, category: np.ndarray) -> np.ndarray:
 
 
 def columns(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image id int64 (N,), category id int64 (N,), boxes_xyxy float64 (N, 4)."""
+    """Image id int64 (N,), category id int64 (N,), boxes_xyxy float64 (N, 4).
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> columns([car])[2].tolist()
+        [[10.0, 20.0, 23.0, 33.0]]
+    """
     image = np.array([row["image_id"] for row in rows], np.int64)
     category = np.array([row["category_id"] for row in rows], np.int64)
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)

@@ -41,9 +41,8 @@ def class_color(label: int) -> Color:
     constants were searched so that common classes of xView are far apart in CIELAB,
     also for eyes without red or green cones (Machado et al., 2009).
     """
-    saturation, value = ((0.53, 0.86), (0.84, 0.92), (0.45, 0.98))[label // 6 % 3]
-    hue = (label * 0.063 + 0.43) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    saturation, value = ((1.0, 1.0), (0.45, 1.0), (0.8, 0.75))[label // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.084 % 1.0, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
@@ -111,8 +110,13 @@ def draw_boxes(
 def rectangles(
     canvas: np.ndarray, boxes: np.ndarray, colors: Sequence[Color], thickness: int = 2
 ) -> None:
-    """Draw boxes, int (N, 4) xyxy, into a picture: all dark edges, then all lines."""
-    rows = list(zip(boxes.tolist(), colors, strict=True))
+    """Draw boxes, int (N, 4) xyxy, into a picture: all dark edges, then all lines.
+
+    Lines run outside of the boxes: a small object is not hidden by its own.
+    """
+    out = thickness // 2
+    around = (boxes + [-out, -out, out, out]).tolist()
+    rows = list(zip(around, colors, strict=True))
     for box, _ in rows:
         cv2.rectangle(canvas, box[:2], box[2:], (0, 0, 0), thickness + 2)
     for box, color in rows:
@@ -169,7 +173,10 @@ def show(
             axis.set_title(titles[index] if titles else "", fontsize=10)
     if legend:
         figure.legend(
-            handles=[Patch(color=as_hex(c), label=text) for text, c in legend.items()],
+            handles=[
+                Patch(facecolor=as_hex(color), edgecolor="0.4", label=text)
+                for text, color in legend.items()
+            ],
             loc="outside lower center",
             ncols=min(5, len(legend)),
             fontsize=9,
@@ -254,29 +261,37 @@ def close_up(
     return canvas
 
 
-def table(header: Sequence[Any], rows: Iterable[Iterable[Any]]) -> Any:
+def table(
+    header: Sequence[Any], rows: Iterable[Iterable[Any]], form: str = "{}"
+) -> Any:
     """A table for the end of a cell: an IPython.display.Markdown.
 
     Args:
         header: of the columns; one that is "" has no words.
         rows: their cells; numbers stand to the right, None is left empty.
+        form: format of the floats among them, such as "{:.3f}".
     """
     from IPython.display import Markdown
 
-    cells = [["" if v is None else v for v in row] for row in rows]
+    def text(value: Any) -> str:
+        if value is None:
+            return ""
+        return form.format(value) if isinstance(value, float) else str(value)
+
+    cells = [list(row) for row in rows]
     sides = [
         "---:" if any(isinstance(v, Number) for v in column) else "---"
         for column in zip(*cells, strict=True)
     ]
-    lines = [header, sides or ["---"] * len(header), *cells]
+    lines = [header, sides or ["---"] * len(header)]
+    lines += [[text(value) for value in row] for row in cells]
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
 def listing(text: str, language: str = "yaml") -> Any:
     """Code for the end of a cell, highlighted: an IPython.display.Code.
 
-    It has a font and colours of its own, so that it looks alike in JupyterLab, in HTML
-    made of a notebook, and in dark mode.
+    It looks alike in JupyterLab, in HTML made of a notebook, and in dark mode.
 
     Args:
         text: the code.
@@ -285,18 +300,16 @@ def listing(text: str, language: str = "yaml") -> Any:
     from IPython.display import Code
 
     class Listing(Code):
-        def _repr_html_(self) -> str:
-            # the class that Code's style speaks of, which not every page has
-            html = f'<div class="output_html listing">{super()._repr_html_()}</div>'
-            style = ".listing { color: #1f2328; padding: 0.5em; overflow-x: auto }"
-            style += " .listing pre { font-family: monospace; color: inherit; "
-            style += "background: none; margin: 0; white-space: pre }"
-            return f"<style>{style}</style>{html}"
+        def _repr_html_(self) -> str:  # in the class that Code's own style speaks of
+            style = "padding: 0.5em; overflow-x: auto; color: #1f2328"
+            pre = "font-family: monospace; color: inherit; background: none; margin: 0"
+            html = f'<div class="output_html" style="{style}">{super()._repr_html_()}'
+            return f"{html}<style>.output_html pre {{ {pre} }}</style></div>"
 
     return Listing(text, language=language)
 
 
-def notebook_style(quality: int = 85) -> None:
+def notebook_style(quality: int = 80) -> None:
     """Figures of this notebook become JPEG, each with its label as alternative text."""
     from IPython.core.getipython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats

@@ -47,6 +47,10 @@ def voc_ap(hit: np.ndarray, objects: int) -> float:
     Args:
         hit: bool (N,), whether each detection is right, by descending score.
         objects: how many there are to find, 1 or more.
+
+    Example:
+        >>> round(voc_ap(np.array([True, False, True]), objects=2), 3)
+        0.833
     """
     precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -91,6 +95,17 @@ def xview_score(
 
     Source: scoring/score.py and matching.py of DIUx-xView/xView1_baseline, commit
     8efe340. Detections of equal score keep the order given, which is left open there.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> truth = {
+        ...     "images": [{"id": 1}],
+        ...     "annotations": [car, {**car, "bbox": [60, 20, 13, 13]}],
+        ...     "categories": [{"id": 3, "name": "car"}],
+        ... }
+        >>> scores = xview_score(truth, [{**car, "score": 0.9}])
+        >>> scores["mAP"], scores["precision"], scores["recall"]
+        (0.5, 1.0, 0.5)
     """
     ground_truth, found = read_ground_truth(
         ground_truth, detections, image_ids, clip=every_object

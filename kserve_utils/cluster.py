@@ -1,6 +1,6 @@
 """What a notebook asks of a Kubernetes cluster by kubectl, and shows of its manifests.
 
-Copy: this file. (It needs kubectl, and PyYAML for `excerpt`.)
+Copy: this file. (With e2e_utils/programs.py. It needs kubectl, `excerpt` PyYAML.)
 
 Every call names its context, so that nothing ends up on whatever cluster kubectl
 happens to point at.
@@ -9,13 +9,14 @@ happens to point at.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from e2e_utils.programs import run_program
 
 STORE = "model-store-pod"  # of k8s_files/model-store-pod.yaml
 # Envoy Gateway's service of the gateway that kserve_install.sh makes
@@ -36,23 +37,15 @@ def kubectl(context: str, *arguments: str, seconds: float = 60) -> str:
     Raises:
         RuntimeError: it failed, with its reason; or it took longer, or is not there.
     """
-    said = " ".join(("kubectl", *arguments))
-    command = ["kubectl", "--context", context, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except FileNotFoundError as error:
-        raise RuntimeError(f"{said}: kubectl is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{said}: no answer in {seconds:g} s") from error
-    if done.returncode:
-        raise RuntimeError(f"{said}: {done.stderr.strip()}")
-    return done.stdout.strip()
+        words = ("kubectl", "--context", context, *arguments)
+        return run_program(*words, seconds=seconds)
+    except RuntimeError as error:
+        raise RuntimeError(f"kubectl {' '.join(arguments)}: {error}") from error
 
 
 def is_there(context: str) -> bool:
     """Whether kubectl is there and a cluster answers under this context."""
-    if shutil.which("kubectl") is None:
-        return False
     try:
         return kubectl(context, "get", "--raw", "/readyz", seconds=10) == "ok"
     except RuntimeError:

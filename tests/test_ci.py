@@ -55,6 +55,18 @@ def test_the_workflow_runs_targets_of_the_makefile_on_every_python(workflow):
     recipe_of(*JOBS, "lint", "types")
 
 
+def test_the_site_is_published_from_main_alone_by_a_target_of_the_makefile():
+    file = ROOT / ".github" / "workflows" / "site.yml"
+    workflow = yaml.safe_load(file.read_text())
+    assert workflow[True]["push"] == {"branches": ["main"]}  # YAML reads "on" as true
+    steps = workflow["jobs"]["publish"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make site"]
+    (path,) = (
+        step["with"]["path"] for step in steps if "upload" in step.get("uses", "")
+    )
+    assert path in recipe_of("site")
+
+
 def test_what_runs_before_a_commit_is_what_make_lint_types_runs():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     recipe = recipe_of("lint", "types").replace("&&", "\n").splitlines()

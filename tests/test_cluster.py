@@ -16,16 +16,14 @@ def test_a_cluster_answers_if_it_says_so_and_a_failure_has_kubectls_reason(kubec
     assert cluster.is_there("kind-x")
     kubectl.says({"get": (1, "context kind-x does not exist")})
     assert not cluster.is_there("kind-x")
-    with pytest.raises(RuntimeError, match="^kubectl get pods: context kind-x does"):
+    with pytest.raises(RuntimeError, match="^kubectl get pods: .*context kind-x does"):
         cluster.kubectl("kind-x", "get", "pods")
 
 
 def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not cluster.is_there("kind-x")
-    with pytest.raises(
-        RuntimeError, match="kubectl get pods: kubectl is not installed"
-    ):
+    with pytest.raises(RuntimeError, match="get pods: kubectl is not installed"):
         cluster.kubectl("kind-x", "get", "pods")
 
 

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-from commands import run
 from servers import MODEL
 from serving import ROOT, jpeg
 
@@ -17,6 +16,7 @@ from e2e_utils.data import CocoTiles
 
 sys.path.append(str(ROOT / "benchmarks"))  # at the end: tests have the same names
 
+import serve  # noqa: E402
 from served import claims, load, subject  # noqa: E402
 
 KEY = ("openvino", "bf16")
@@ -92,26 +92,32 @@ def test_a_load_counts_errors_by_kind_and_waits_of_answers_alone():
     assert said.endswith("errors             429 3, ConnectionError 3")
 
 
-def put_load(*flags):
-    return run(sys.executable, ROOT / "benchmarks/serve.py", "--url", *flags)
-
-
 @pytest.mark.slow
-def test_load_is_put_to_a_predictor_by_its_url(predicted, tmp_path):
-    (tmp_path / "tile.jpg").write_bytes(jpeg())
-    flags = ("--picture", tmp_path / "tile.jpg", "--clients", 2, "--requests", 3)
-    flags += ("--host", "xview-predictor-default.example.com")
-    done = put_load(predicted, *flags, "--json", tmp_path / "load.json")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^6 requests of 2 client\(s\)", done.stdout)
-    assert re.search(r"^pictures a second +[\d.]+$", done.stdout, re.MULTILINE)
-    assert done.stdout.endswith("errors             none\n")
+def test_load_is_put_to_a_predictor_by_its_url(
+    predicted, tmp_path, monkeypatch, capsys
+):
+    def put_load(url, *flags):
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--url", url, *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            serve.main()
+        return end.value.code
+
+    picture = tmp_path / "tile.jpg"
+    picture.write_bytes(jpeg())
+    flags = ["--picture", picture, "--clients", 2, "--requests", 3]
+    flags += ["--host", "xview-predictor-default.example.com"]
+    assert put_load(predicted, *flags, "--json", tmp_path / "load.json") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("6 requests of 2 client(s)")
+    assert re.search(r"^pictures a second +[\d.]+$", said, re.MULTILINE)
+    assert said.endswith("errors             none\n")
     rows = json.loads((tmp_path / "load.json").read_text())
     assert [row["unit"] for row in rows] == ["images/s", "ms", "ms", ""]
     assert rows[-1]["ours"] == 0 and rows[0]["ours"] > 0
-    done = put_load(predicted, "--model-name", "nope")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "answered 404" in line and "'nope'" in line
-    done = put_load("http://127.0.0.1:9", "--picture", tmp_path / "none.jpg")
-    assert done.stderr == f"error: {tmp_path}/none.jpg: No such file or directory\n"
+    # each an error of one line, before any load
+    nope = put_load(predicted, "--model-name", "nope")
+    assert re.search("^error: .*/nope:predict answered 404, no boxes: .*'nope'", nope)
+    none = put_load(predicted, "--picture", tmp_path / "none.jpg")
+    assert none == f"error: {tmp_path}/none.jpg: No such file or directory"
+    assert put_load("localhost:8080").startswith("error: no answer from localhost:8080")
+    assert "\n" not in nope + none

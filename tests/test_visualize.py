@@ -199,8 +199,8 @@ def test_a_mistake_of_each_kind_is_shown(tmp_path):
 
 
 def test_a_table_aligns_numbers_to_the_right():
-    lines = table(["", "AP50"], [["car", 0.5], ["bus", None]]).data.split("\n")
-    assert lines == ["|  | AP50 |", "| --- | ---: |", "| car | 0.5 |", "| bus |  |"]
+    made = table(["", "AP50"], [["car", 0.5], ["bus", None]], "{:.2f}").data.split("\n")
+    assert made == ["|  | AP50 |", "| --- | ---: |", "| car | 0.50 |", "| bus |  |"]
 
 
 def test_a_listing_is_highlighted_in_whatever_page_it_stands():

@@ -1,0 +1,87 @@
+"""Sphinx's settings for the site: `make site` writes it to runs/site, offline.
+
+The pages are files of this repository, which `pages.py` arranges. SITE_REPOSITORY, such
+as https://github.com/OWNER/NAME, adds links to edit a page and to open a notebook
+elsewhere; without it there are none.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from pages import FOLDER, arrange, links_of  # noqa: E402
+
+REPOSITORY = os.environ.get("SITE_REPOSITORY", "").rstrip("/")
+
+project = "Object detection on satellite imagery"
+html_title = project
+# myst-nb shows the outputs that the notebooks were committed with; the other common
+# tool, nbconvert, makes pages but no search, contents or API reference.
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+myst_heading_anchors = 4
+
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_mock_imports = ["ts"]  # TorchServe; it prints what it finds on the machine
+viewcode_follow_imported_members = False  # would import it after all
+napoleon_use_rtype = False
+default_role = "code"  # `name` in a docstring
+add_module_names = False
+python_use_unqualified_type_names = True
+
+# Furo, because the notebooks stand in a column at the left and a page's headings at the
+# right, where other themes put them into a bar at the top; because it is one version
+# for every Python that is supported; and because it asks no other host for anything.
+html_theme = "furo"
+html_theme_options = {"top_of_page_buttons": ["edit"]}
+templates_path = ["templates"]
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_copyright = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+# an indented paragraph below one that is not
+BLOCK = re.compile(r"(^\S.*\n\n)((?:^(?: {4}.*)?\n)*^ {4}.*$)", re.M)
+STAR = re.compile(r"(`[^`]*`)|\*")
+
+
+def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain text: an indented paragraph is code, a star is a star."""
+    pieces = BLOCK.split("\n".join(lines))
+    for number, piece in enumerate(pieces):
+        if number % 3 == 2:
+            language = "pycon" if ">>>" in piece else "text"
+            pieces[number] = f".. code-block:: {language}\n\n{piece}\n"
+        else:
+            pieces[number] = STAR.sub(lambda match: match[1] or r"\*", piece)
+    lines[:] = "".join(pieces).splitlines()
+
+
+def setup(app: Sphinx) -> None:
+    sources = arrange(ROOT, Path(app.srcdir))
+    app.config.html_extra_path = [str(Path(app.srcdir) / FOLDER)]
+
+    def page_links(app, page, template, context, doctree) -> None:
+        context["page_links"] = links_of(sources.get(page), REPOSITORY)
+
+    app.connect("html-page-context", page_links)
+    app.connect("autodoc-process-docstring", plain_text, priority=400)
