@@ -302,7 +302,7 @@ def listing(text: str, language: str = "yaml") -> Any:
     class Listing(Code):
         def _repr_html_(self) -> str:  # in the class that Code's own style speaks of
             style = "padding: 0.5em; overflow-x: auto; color: #1f2328"
-            pre = "font-family: monospace; color: inherit; background: none; margin: 0"
+            pre = "font-family: monospace; white-space: pre; color: inherit; margin: 0"
             html = f'<div class="output_html" style="{style}">{super()._repr_html_()}'
             return f"{html}<style>.output_html pre {{ {pre} }}</style></div>"
 
