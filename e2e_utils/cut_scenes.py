@@ -64,9 +64,9 @@ def cut_scenes(
             _check_size(scene, image, coco)
             for number, (name, split) in enumerate(splits.items()):
                 top, bottom = sides[number, [1, 3]].tolist()
-                file = f"{stems[index]}_{name}.tif"
-                _write_rows(out / file, scene, top, bottom)
-                split.images.append(Image(bottom - top, width, image.id, file))
+                part = f"{stems[index]}_{name}.tif"
+                _write_rows(out / part, scene, top, bottom)
+                split.images.append(Image(bottom - top, width, image.id, part))
                 own = rows[which[side == number]]
                 xywh = parts[side == number] - [0, top, 0, top]
                 xywh[:, 2:] -= xywh[:, :2]
@@ -99,7 +99,7 @@ def _write_rows(path: Path, scene: Scene, top: int, bottom: int) -> None:
     from rasterio.transform import Affine
 
     pixels = scene.read(0, top, scene.width, bottom)
-    profile = {"width": scene.width, "height": bottom - top, "count": 3}
+    profile: dict = {"width": scene.width, "height": bottom - top, "count": 3}
     profile |= {"dtype": "uint8", "photometric": "rgb", "compress": "deflate"}
     if scene.transform is not None:
         a, b, c, d, e, f = scene.transform[:6]
