@@ -7,6 +7,7 @@ Copy: this file, coco.py, files.py, grid.py, scenes.py, images.py and stretch.py
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def _check_size(scene: Scene, image: Image, coco: str | Path) -> None:
 def _write_rows(path: Path, scene: Scene, top: int, bottom: int) -> None:
     """Some rows of a scene as a TIFF of their own."""
     import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
     from rasterio.transform import Affine
 
     pixels = scene.read(0, top, scene.width, bottom)
