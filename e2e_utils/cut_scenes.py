@@ -108,11 +108,11 @@ def _write_rows(path: Path, scene: Scene, top: int, bottom: int) -> None:
         place = Affine(a, b, c + b * top, d, e, f + e * top)
         profile |= {"crs": scene.crs, "transform": place}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_path(path) as part,
-        rasterio.open(part, "w", "GTiff", **profile) as file,
-    ):
-        file.write(pixels.transpose(2, 0, 1))
+    with atomic_path(path) as part, warnings.catch_warnings():
+        # a picture that lies nowhere on Earth is no mistake here
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(part, "w", "GTiff", **profile) as file:
+            file.write(pixels.transpose(2, 0, 1))
 
 
 if __name__ == "__main__":
