@@ -30,13 +30,14 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main(run: str, target: str) -> None:
-    for path in sorted((Path(run) / "notebooks").glob("0*.ipynb")):
+    for path in sorted((Path(run) / "notebooks").glob("*.ipynb")):
         notebook = clean(nbformat.read(path, as_version=4))
         if any(c.cell_type == "code" and not c.execution_count for c in notebook.cells):
             sys.exit(f"{path} was not executed to its end; run `make demo` first")
         nbformat.write(notebook, Path(target) / path.name)
         print(f"{path.name}: {(Path(target) / path.name).stat().st_size // 1024} KiB")
-    shutil.copy(Path(run) / "training" / "scene.jpg", target)
+        if path.stem == "03_local_training":
+            shutil.copy(Path(run) / "training" / "scene.jpg", target)
 
 
 if __name__ == "__main__":
