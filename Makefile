@@ -14,8 +14,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 # The jobs of CI. Every test file is in exactly one of them: what is named nowhere else
 # belongs to test-core.
 CLUSTER := $(wildcard tests/test_determined_*.py tests/test_ray*.py)
-SERVING := $(patsubst %,tests/test_%.py,client engines export faults k8s predictor rollout \
-  serve_benchmark torchserve try)
+SERVING := $(patsubst %,tests/test_%.py,client cluster engines export faults k8s predictor \
+  rollout serve_benchmark torchserve try)
 CORE := $(filter-out $(CLUSTER) $(SERVING),$(wildcard tests/test_*.py))
 # Two processes of pytest, because many tests wait for processes of their own. A file
 # stays in one of them with its fixtures, and the notebooks, which take longest, begin.

@@ -16,7 +16,17 @@ from matplotlib.figure import Figure
 
 from .mistakes import KINDS, box_array, mistakes, right_false_missed
 from .scenes import read_rgb
-from .visualize import COLORS, Color, as_hex, axes, close_up, rectangles, scaled, show
+from .visualize import (
+    COLORS,
+    Color,
+    as_hex,
+    axes,
+    close_up,
+    rectangles,
+    scaled,
+    show,
+    show_boxes,
+)
 
 WORDS = {"right": "found right", "false": "false", "missed": "missed"}
 
@@ -124,6 +134,33 @@ def show_matches(
     how: dict = {"columns": columns, "width": width, "legend": legend, "alt": alt}
     figure = show(pictures, heads, **how)
     return figure, {kind: sum(counts.values()) for kind, counts in total.items()}
+
+
+def show_found(
+    image: np.ndarray,
+    truth: Mapping[str, Any] | None,
+    found: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    score_threshold: float = 0.5,
+    scale: float = 1.0,
+    width: float = 9.0,
+    alt: str = "",
+) -> Figure:
+    """A picture with what was found, against its labels where there are any.
+
+    Args:
+        truth: of `image`, see `draw_matches`; None: the boxes in the colours of their
+            classes.
+        image, found, score_threshold, scale: see `draw_matches`.
+        class_names: name of each label, the background first.
+        width, alt: see `visualize.show`.
+    """
+    how: dict = {"score_threshold": score_threshold, "scale": scale}
+    how |= {"width": width, "alt": alt}
+    if truth is None:
+        return show_boxes(image, found, class_names, **how)
+    return show_matches(image, truth, found, class_names, **how)[0]
 
 
 def show_mistakes(

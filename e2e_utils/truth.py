@@ -203,6 +203,30 @@ def image_truth(ground_truth: str | Path | dict, image_id: int | str) -> dict:
     return {"boxes_xyxy": boxes.astype(np.float32), "labels": labels}
 
 
+def fullest_image(ground_truth: str | Path | dict, start: str = "") -> dict:
+    """The image with the most different classes, and of those the one with most labels.
+
+    Args:
+        ground_truth: a COCO file or its content.
+        start: choose among the images whose file names start so, if there are any.
+
+    Returns:
+        Its row of "images".
+
+    Raises:
+        ValueError: there are no images.
+    """
+    coco = content(ground_truth)
+    rows = [r for r in coco["images"] if str(r["file_name"]).startswith(start)]
+    if not (rows := rows or coco["images"]):
+        raise ValueError("the ground truth has no images")
+    found: dict = {row["id"]: [] for row in rows}
+    for one in coco["annotations"]:
+        if one["image_id"] in found and not one.get("iscrowd"):
+            found[one["image_id"]].append(one["category_id"])
+    return max(rows, key=lambda r: (len({*found[r["id"]]}), len(found[r["id"]])))
+
+
 def to_labels(coco: dict, category: np.ndarray) -> np.ndarray:
     """Labels int64 (N,) of category ids (N,): 1 for the lowest of the file, and so on.
 

@@ -1,4 +1,4 @@
-"""Pictures of tiles and scenes with their boxes, and tables, for a notebook.
+"""Pictures of tiles and scenes with their boxes, tables and code, for a notebook.
 
 Copy: this file.
 
@@ -286,6 +286,30 @@ def table(
     lines = [header, sides or ["---"] * len(header)]
     lines += [[text(value) for value in row] for row in cells]
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+
+def listing(text: str, language: str = "yaml") -> Any:
+    """Code for the end of a cell, highlighted: an IPython.display.Code.
+
+    It has a font and colours of its own, so that it looks alike in JupyterLab, in HTML
+    made of a notebook, and in dark mode.
+
+    Args:
+        text: the code.
+        language: as Pygments names it, such as "yaml", "python" or "bash".
+    """
+    from IPython.display import Code
+
+    class Listing(Code):
+        def _repr_html_(self) -> str:
+            # the class that Code's style speaks of, which not every page has
+            html = f'<div class="output_html listing">{super()._repr_html_()}</div>'
+            style = ".listing { color: #1f2328; padding: 0.5em; overflow-x: auto }"
+            style += " .listing pre { font-family: monospace; color: inherit; "
+            style += "background: none; margin: 0; white-space: pre }"
+            return f"<style>{style}</style>{html}"
+
+    return Listing(text, language=language)
 
 
 def notebook_style(quality: int = 80) -> None:

@@ -145,24 +145,36 @@ def _exported(
         ) from error
 
 
-def compare(expected: list[dict], found: list[dict], title: str = "different") -> dict:
+def compare(
+    expected: list[dict],
+    found: list[dict],
+    title: str = "different",
+    allowed: int | None = None,
+) -> dict:
     """The largest differences of two lists of detections, picture by picture.
 
-    One box in a hundred may be there on one side alone: where two boxes overlap by just
-    the threshold of a suppression, or a score lies on its limit, the last digit of a
-    float decides.
+    Some boxes may be there on one side alone: where two boxes overlap by just the
+    threshold of a suppression, or a score lies on its limit, the last digit of a float
+    decides.
 
     Args:
-        expected, found: as a detector of torchvision returns them.
+        expected, found: as a detector of torchvision returns them, or as
+            `client.predict_remote` and `predict.predict_image` do.
         title: the error's first words.
+        allowed: how many boxes may be on one side alone; one in a hundred by default.
+
+    Returns:
+        {"box_difference_px", "score_difference": the largest ones, "boxes_of_one_side":
+        their number}.
 
     Raises:
         RuntimeError: a box moves by more than 0.05 px or a score by more than 1e-4, or
             too many boxes are there on one side alone.
     """
     pixels = scores = 0.0
-    allowed, alone = _count(expected) // 100, 0
-    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+    allowed, alone = _count(expected) // 100 if allowed is None else allowed, 0
+    pairs = zip(map(_as_tensors, expected), map(_as_tensors, found), strict=True)
+    for index, (one, other) in enumerate(pairs):
         moved = (one["boxes"][:, None] - other["boxes"]).abs().amax(dim=2)
         moved[one["labels"][:, None] != other["labels"]] = torch.inf
         changed = (one["scores"][:, None] - other["scores"]).abs()
@@ -191,6 +203,16 @@ def compare(expected: list[dict], found: list[dict], title: str = "different") -
             )
     measured = {"box_difference_px": round(pixels, 6), "score_difference": scores}
     return {**measured, "boxes_of_one_side": alone}
+
+
+def _as_tensors(found: dict) -> dict[str, torch.Tensor]:
+    boxes = found["boxes"] if "boxes" in found else found["boxes_xyxy"]
+    columns = {"boxes": boxes, "labels": found["labels"], "scores": found["scores"]}
+    # arrays of gRPC cannot be written to, which torch warns of unless they are copied
+    return {
+        name: column if isinstance(column, torch.Tensor) else torch.tensor(column)
+        for name, column in columns.items()
+    }
 
 
 def _check_replaceable(out: Path) -> None:

@@ -179,15 +179,19 @@ def _post(
             ) from error
 
 
-def _failure(url: str, response: requests.Response, host: str | None) -> str:
-    status = response.status_code
-    try:  # TorchServe says "message", KServe's wrapper "error"
+def refusal(response: requests.Response) -> str:
+    """Why a server refused: KServe's "error", TorchServe's "message", else the text."""
+    try:
         content = response.json()
-        reason = str(content.get("message") or content.get("error") or content)
+        reason = content.get("message") or content.get("error") or content
     except (ValueError, AttributeError):
         reason = response.text.strip() or response.reason or "no reason given"
-    hint = _HINTS.get(status, "").format(host=host)
-    return f"{url} answered {status}: {reason[:500]}{hint}"
+    return str(reason)[:500]
+
+
+def _failure(url: str, response: requests.Response, host: str | None) -> str:
+    hint = _HINTS.get(response.status_code, "").format(host=host)
+    return f"{url} answered {response.status_code}: {refusal(response)}{hint}"
 
 
 def _rows(answer: dict) -> dict:

@@ -303,6 +303,10 @@ def test_parity_takes_near_ties_in_another_order_and_one_box_in_a_hundred():
     for count, alone in ((199, 1), (202, 2)):
         measured = artefacts.compare([many(200)], [many(count)])
         assert measured["boxes_of_one_side"] == alone
+    served = {"boxes_xyxy": many(3)["boxes"].numpy()}  # arrays, as a client has them
+    served |= {key: many(3)[key].numpy() for key in ("labels", "scores")}
+    served["boxes_xyxy"].setflags(write=False)  # as those of gRPC
+    assert artefacts.compare([many(4)], [served], allowed=1)["boxes_of_one_side"] == 1
     # of two pictures, also where one has none at all
     none = detections([], [], [])
     assert artefacts.compare([many(200), many(1)], [many(200), none])
@@ -314,8 +318,8 @@ def test_parity_takes_near_ties_in_another_order_and_one_box_in_a_hundred():
         (EXPECTED, ([A], [0.5], [1]), "1 boxes instead of 2"),
         (EXPECTED, ([A, B], [0.5, 0.5], [1, 1]), "2 boxes instead of 2"),
         (EXPECTED, ([A, A], [0.5, 0.5], [1, 2]), "2 are on one side alone"),
-        (EXPECTED, ([A, B], [0.5, 0.4998], [1, 2]), "0.0002 of its score"),
-        (EXPECTED, ([A, B[:3] + [80.06]], [0.5] * 2, [1, 2]), "by 0.06 px"),
+        (EXPECTED, ([A, B], [0.5, 0.4998], [1, 2]), "0.000200003 of its score"),
+        (EXPECTED, ([A, B[:3] + [80.06]], [0.5] * 2, [1, 2]), "by 0.0599976 px"),
         (EXPECTED, ([A, B[:3] + [np.nan]], [0.5] * 2, [1, 2]), "by nan px"),
         (many(200), many(197), "197 boxes instead of 200"),
         (many(200), many(200, moved=0.1), "label 1 moves by 0.1 px"),

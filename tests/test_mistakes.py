@@ -8,7 +8,7 @@ from test_evaluate import pycocotools, scene
 from e2e_utils.data import CocoTiles
 from e2e_utils.evaluate import coco_metrics
 from e2e_utils.mistakes import KINDS, confusion_matrix, mistakes, right_false_missed
-from e2e_utils.truth import clip_to_images, columns, image_truth
+from e2e_utils.truth import clip_to_images, columns, fullest_image, image_truth
 from e2e_utils.xview_score import xview_score
 
 NAMES = ["plane", "ship", "tank"]
@@ -116,6 +116,21 @@ def test_classes_stand_in_the_order_of_their_ids_whatever_the_file_says(tmp_path
     lost = ("ship", "background")
     assert named == {("plane", "ship"): 1, ("tank", "tank"): 1, lost: 1}
     assert image_truth(truth, 1)["labels"].tolist() == [1, 2, 3]
+
+
+def test_the_fullest_image_has_most_classes_and_then_most_labels():
+    images = [{"id": i, "file_name": name} for i, name in enumerate(("a1", "a2", "b"))]
+    seen = ((0, [1, 1, 1]), (1, [1, 2, 2]), (2, [1, 2, 3]))
+    rows = [{"image_id": i, "category_id": c} for i, of in seen for c in of]
+    truth = {"images": images, "annotations": rows}
+    assert fullest_image(truth) == images[2] == fullest_image(truth, "nothing")
+    assert fullest_image(truth, "a") == images[1]
+    rows += [{"image_id": 0, "category_id": c, "iscrowd": 1} for c in (2, 3, 4)]
+    assert fullest_image(truth, "a") == images[1], "a crowd is no object"
+    rows += [{"image_id": 0, "category_id": 2}]
+    assert fullest_image(truth, "a") == images[0]
+    with pytest.raises(ValueError, match="has no images"):
+        fullest_image({"images": [], "annotations": []})
 
 
 def test_an_object_at_the_edge_is_found_by_its_visible_part():

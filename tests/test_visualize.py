@@ -1,3 +1,5 @@
+import re
+
 import cv2
 import nbclient
 import nbformat
@@ -9,6 +11,7 @@ from e2e_utils.charts import bars, confusion, histogram, learning_curve, lines
 from e2e_utils.compare import (
     draw_matches,
     precision_recall,
+    show_found,
     show_matches,
     show_mistakes,
 )
@@ -20,6 +23,7 @@ from e2e_utils.visualize import (
     class_color,
     close_up,
     draw_boxes,
+    listing,
     show,
     show_boxes,
     table,
@@ -118,6 +122,9 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["found right", "false (class 3 1)", "missed (class 1 1)"]
+    figures = [show_found(image, truth, FOUND, NAMES) for truth in (TRUTH, None)]
+    words = [[t.get_text() for t in f.legends[0].get_texts()] for f in figures]
+    assert words == [texts, ["class 1", "class 2", "class 3"]], "labels there or not"
 
 
 def test_boxes_from_a_threshold_up_are_shown_with_their_classes_in_the_legend():
@@ -194,6 +201,13 @@ def test_a_mistake_of_each_kind_is_shown(tmp_path):
 def test_a_table_aligns_numbers_to_the_right():
     made = table(["", "AP50"], [["car", 0.5], ["bus", None]], "{:.2f}").data.split("\n")
     assert made == ["|  | AP50 |", "| --- | ---: |", "| car | 0.50 |", "| bus |  |"]
+
+
+def test_a_listing_is_highlighted_in_whatever_page_it_stands():
+    html = listing("a: 1  # b", "yaml")._repr_html_()
+    assert '<span class="c1"># b</span>' in html
+    assert re.search(r"\.output_html \.c1 ?{[^}]*color", html)
+    assert '<div class="output_html' in html, "the class of those styles"
 
 
 def test_pictures_of_a_notebook_have_alternative_texts(tmp_path):

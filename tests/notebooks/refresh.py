@@ -1,8 +1,8 @@
 """Take what a demo made over into the repository: `refresh.py RUN NOTEBOOKS`.
 
 Outputs stay exactly as the run left them, but for progress bars, whose widgets mean
-nothing without their kernel, and papermill's own metadata, which holds paths. The
-picture of README comes along.
+nothing without their kernel, and papermill's own metadata, which holds paths. Pictures
+keep their alternative texts. The picture of README comes along.
 """
 
 import shutil
@@ -25,7 +25,8 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
             for output in cell.outputs:
                 if "metadata" in output:
-                    output.metadata = {}
+                    told = output.metadata.items()
+                    output.metadata = {k: v for k, v in told if k.startswith("image/")}
     return notebook
 
 
