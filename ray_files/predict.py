@@ -60,6 +60,7 @@ def _quiet() -> Iterator[None]:
     level, before = logger.level, dict(vars(context))
     context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1  # the rows of a worker that died again and again
+    context.max_consecutive_actor_init_deaths = 10  # before it took its first row
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
