@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -92,7 +93,8 @@ def predict_tiles(
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     with autocast, _channels_last(model):
         edge = torch.tensor([0, 0, scene.width, scene.height], device=device)
-        tiles, starts = scene.tiles(some.tolist()), range(0, len(some), batch_size)
+        within = replace(scene, height=int(some[:, 3].max()))  # is read no further
+        tiles, starts = within.tiles(some.tolist()), range(0, len(some), batch_size)
         bar = tqdm(starts, "tiles", leave=None, unit="batch", disable=not progress)
         for first in bar:
             outputs = model(tensors(list(islice(tiles, batch_size)), device))

@@ -243,13 +243,16 @@ class Report:
     boxes: Counter = field(default_factory=Counter)  # of this run, by class
     pixels: int = 0
     seconds: float = 0.0  # by the clock, from the first actor's start to the last scene
-    actors: dict[str, dict] = field(default_factory=dict)  # what each did
+    # what each did: scenes, blocks, seconds at work, seconds that its start took, and
+    # when its first work began and its last ended, in seconds since 1970
+    actors: dict[str, dict] = field(default_factory=dict)
 
     def count(self, worker: dict, record: dict) -> None:
-        """Take in who did a scene or a block, in how many seconds."""
-        none = {"scenes": 0, "blocks": 0, "seconds": 0.0, "start": worker["start"]}
-        actor = self.actors.setdefault(worker["actor"], none)
-        actor["seconds"] += worker["seconds"]
+        """Take in who did a scene or a block, from when to when."""
+        none = {"scenes": 0, "blocks": 0, "seconds": 0.0, **worker}
+        actor = self.actors.setdefault(none.pop("actor"), none)
+        actor["seconds"] += worker["to"] - worker["from"]
+        actor["to"] = worker["to"]
         actor["scenes"] += "boxes" in record
         actor["blocks"] += "block" in record
 

@@ -120,7 +120,7 @@ class Run:
                     else:
                         self.close(row, record)
                     self.collect(wait=False)
-                deaths.update(waiting)
+                deaths.update(waiting.keys())
                 for key, row in waiting.items():
                     if deaths[key] < ATTEMPTS:
                         more[key] = row
@@ -192,6 +192,7 @@ def predict_archive(
     score_threshold: float = 0.5,
     size: int | None = None,
     overlap: float | None = None,
+    border: float = 2.0,
     stretch: str | None = None,
     batch_size: int = 4,
     precision: str = "fp32",
@@ -215,6 +216,7 @@ def predict_archive(
         threads: CPUs of an actor.
         score_threshold: drop boxes below, 0..1; to score them take 0.05 or less.
         size, overlap: of the tiles; the checkpoint's by default.
+        border: what ends so near to a border of a tile may be a part, see there.
         stretch: file of a record for TIFFs of more than 8 bits, see `predict_scene`;
             the checkpoint's by default.
         batch_size: tiles a forward pass.
@@ -233,7 +235,7 @@ def predict_archive(
     machine = {"batch_size": batch_size, "block_mb": block_mb, "threads": threads}
     machine["gpu"] = False  # until Ray tells
     options = {"score_threshold": score_threshold, "precision": precision}
-    options |= {"size": size, "overlap": overlap, "stretch": stretch}
+    options |= {"border": border, "size": size, "overlap": overlap, "stretch": stretch}
     job, settings = load_job(checkpoint, archive, place, machine, options)
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; give 1 or more")

@@ -53,6 +53,7 @@ class Job:
     threads: int
     score_threshold: float
     precision: str
+    border: float
     size: int
     overlap: float
     stretch: dict | None
@@ -72,13 +73,13 @@ class Worker:
 
     def __call__(self, row: dict) -> dict:
         """{"record": JSON, "part": bytes}, see `_predict`; an error is a record too."""
-        began = time.perf_counter()
+        began = time.time()
         try:
             record, part = self._predict(row)
         except Exception as error:  # whatever one scene raises, the others go on
             record, part = {"error": one_line(error)}, b""
-        seconds = time.perf_counter() - began
-        about = {"actor": self.actor, "start": self.start, "seconds": seconds}
+        about = {"actor": self.actor, "start": self.start}
+        about |= {"from": began, "to": time.time()}
         keys = {key: row[key] for key in ("name", "start", "stop")}
         return {"record": json.dumps({**record, "worker": about, **keys}), "part": part}
 
@@ -98,6 +99,7 @@ class Worker:
                 None if whole else row["stop"],
                 batch_size=job.batch_size,
                 score_threshold=job.score_threshold,
+                border=job.border,
                 amp_dtype=PRECISIONS[job.precision],
             )
             place, pixels = georeference_of(scene), scene.height * scene.width
@@ -156,7 +158,7 @@ def load_job(
         checkpoint: path or URL.
         archive, output: of the run.
         machine: batch_size, block_mb, gpu and threads of a `Job`.
-        options: score_threshold, precision, size, overlap, stretch; the last three are
+        options: score_threshold, precision, border, size, overlap, stretch; the last three are
             the checkpoint's where they are None.
 
     Returns:
