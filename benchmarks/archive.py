@@ -12,9 +12,9 @@ as benchmarks/predict.py does it, ours with border=0; every box is compared. Sce
 second are those of each process while it is at work, added up: how long torch takes to
 import is no matter of how the work is shared out. All sides in turns; the best counts.
 
-Memory is the peak of all processes of the node (PSS: what they share counts once), Ray's
-own and this one included, with ten times the scenes, and of the actors with scenes four
-times as large, both above the block size. Linux alone tells it.
+Memory is the peak of all processes of the node (PSS: what they share counts once), with
+Ray's own and this one, for ten times the scenes; and that of the actor for a scene four
+times as large, where both are above the block size. Linux alone tells it.
 """
 
 import argparse

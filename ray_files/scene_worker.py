@@ -158,8 +158,8 @@ def load_job(
         checkpoint: path or URL.
         archive, output: of the run.
         machine: batch_size, block_mb, gpu and threads of a `Job`.
-        options: score_threshold, precision, border, size, overlap, stretch; the last three are
-            the checkpoint's where they are None.
+        options: score_threshold, precision, border, size, overlap, stretch; the last
+            three are the checkpoint's where they are None.
 
     Returns:
         The job, and the record of its settings.
