@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,6 +32,8 @@ from e2e_utils.scenes import open_scene
 from e2e_utils.storage import open_store
 
 pytest.importorskip("ray")
+
+from ray import cloudpickle  # noqa: E402
 
 from ray_files import predict  # noqa: E402
 from ray_files.adapter import ray_session  # noqa: E402
@@ -163,106 +167,93 @@ def test_a_run_with_kills_has_the_bytes_of_the_undisturbed(
     assert report.boxes == undisturbed[0].boxes
 
 
-@pytest.mark.slow
-def test_a_scene_that_kills_its_workers_costs_no_other(
-    archive, on_ray, tmp_path, monkeypatch
-):
-    class Dies(predict.Worker):
-        def __call__(self, row):
-            if row["name"] == "a/5.tif":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(row)
+class Dies(predict.Worker):
+    """An actor that one scene ends, as a decoder that crashes would."""
 
-    monkeypatch.setattr(predict, "Worker", Dies)
-    monkeypatch.setattr(predict, "DEATHS", 0)
-    report = run(archive, tmp_path, workers=1, block_mb=100)
-    assert report.failed == {"a/5.tif": "each worker that took it died"}
-    assert report.done == 3 and len(list(tmp_path.rglob("*.geojson"))) == 3
+    def __call__(self, row):
+        if row["name"] == "dies.tif":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(row)
 
 
 @pytest.fixture
-def listed(archive, tmp_path):
-    """A COCO file of scenes: two are well, one is cut off, one is not there."""
-    (tmp_path / "scenes").mkdir()
-    for name in ("well", "cut", "full"):
-        georeferenced(tmp_path / "scenes" / f"{name}.tif", noise(210, 220))
-    cut = tmp_path / "scenes" / "cut.tif"
-    cut.write_bytes(cut.read_bytes()[:20_000])
-    size = {"height": 210, "width": 220}
-    names = ["well", "cut", "gone", "full"]
-    coco = {
-        "images": [
-            {"id": 7 + i, "file_name": f"{n}.tif", **size} for i, n in enumerate(names)
-        ],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES[1:])],
+def faults(archive, s3, tmp_path):
+    """A bucket with two scenes that are well and five that are not, their COCO file."""
+    store = open_store("s3://archive")
+    georeferenced(tmp_path / "5.tif", noise(210, 220), compress="deflate")
+    whole = (tmp_path / "5.tif").read_bytes()
+    contents = dict.fromkeys(("dies.tif", "get503.tif", "put503.tif"), whole)
+    contents |= {
+        "cut.tif": whole[:20_000],
+        "best.pt": (archive / "best.pt").read_bytes(),
     }
+    for name in ("a/5.tif", "a/5.png"):
+        contents[name] = (archive / "scenes" / name).read_bytes()
+    for name, some in contents.items():
+        obstore.put(store, name, some)
+    names = [name for name in (*contents, "gone.tif") if name != "best.pt"]
+    size, coco = {"height": 210, "width": 220}, {"annotations": []}
+    rows = enumerate(names, 7)
+    coco["images"] = [{"id": i, "file_name": name, **size} for i, name in rows]
+    coco["categories"] = [{"id": i, "name": n} for i, n in enumerate(NAMES[1:])]
     (tmp_path / "coco.json").write_text(json.dumps(coco))
-    return tmp_path / "coco.json"
+    once = first(1, "GET", "a/5.tif", 503)
+
+    def fault(command, path):
+        lost = command == "GET" and "get503.tif" in path
+        full = command == "PUT" and "put503.tif" in path
+        return 503 if lost or full else once(command, path)
+
+    s3.fault = fault
+    yield store, whole, tmp_path / "coco.json", names
+    s3.fault = lambda *_: None
 
 
 @pytest.mark.slow
 def test_what_fails_is_told_and_the_same_command_does_what_is_missing(
-    archive, on_ray, listed, tmp_path, capsys
+    archive, on_ray, s3, faults, tmp_path, monkeypatch, capsys
 ):
-    out, scenes = tmp_path / "out", tmp_path / "scenes"
-    (out / "full.tif.json" / "in the way").mkdir(parents=True)  # cannot be written
-    command = [f"--scenes={listed}", f"--checkpoint={archive / 'best.pt'}"]
-    command += [f"--output={out}", f"--images={scenes}", "--format=json"]
-    command += ["--workers=2", f"--score_threshold={SCORE}"]
-    with pytest.raises(SystemExit) as error:
-        main(command)
+    store, whole, listed, names = faults
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    command = [f"--scenes={listed}", "--images=s3://archive", "--format=json"]
+    command += ["--checkpoint=s3://archive/best.pt", "--output=s3://archive/out"]
+    command += ["--workers=1", f"--score_threshold={SCORE}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "Worker", Dies)
+        patch.setattr(predict, "DEATHS", 0)
+        with pytest.raises(SystemExit) as error:
+            main(command)
     assert error.value.code == 1
-    failed = json.loads((out / "report.json").read_text())["failed"]
-    assert set(failed) == {"cut.tif", "gone.tif", "full.tif"}
-    assert "truncated: 20000 of" in failed["cut.tif"]
-    assert "gone.tif" in failed["gone.tif"] and "o such file" in failed["gone.tif"]
-    assert f"{out}/full.tif.json: not written" in failed["full.tif"]
+    written = bytes(obstore.get(store, "out/report.json").bytes())
+    failed = json.loads(written)["failed"]
+    assert failed.pop("dies.tif") == "each worker that took it died"
+    reasons = {"cut.tif": "truncated or corrupt", "gone.tif": "404"}
+    reasons |= {
+        "get503.tif": "503",
+        "put503.tif": "put503.tif.json: not written: .*503",
+    }
+    for name, reason in reasons.items():
+        assert re.search(reason, failed[name]) and name in failed[name]
+    assert failed.keys() == reasons.keys()
     told = capsys.readouterr().out
     assert all(f"failed: {name}: {why}" in told for name, why in failed.items())
-    stamp = (out / "well.tif.json").stat().st_mtime_ns
 
-    (out / "full.tif.json" / "in the way").rmdir()
-    (out / "full.tif.json").rmdir()
-    for name in ("cut", "gone"):
-        georeferenced(scenes / f"{name}.tif", noise(210, 220))
-    main(command)
-    assert "3 done, 0 failed, 1 were there already" in capsys.readouterr().out
-    assert (out / "well.tif.json").stat().st_mtime_ns == stamp
-    for image_id, name in enumerate(("well", "cut", "gone", "full"), 7):
-        rows = json.loads((out / f"{name}.tif.json").read_text())
-        assert {row["image_id"] for row in rows} == {image_id}
-
-
-@pytest.mark.slow
-def test_a_bucket_that_answers_503_costs_no_more_than_it_must(
-    archive, undisturbed, s3, tmp_path
-):
-    store = open_store("s3://archive")
-    for name in ("best.pt", "scenes/a/5.tif", "scenes/a/5.png", "scenes/b/5.tif"):
-        obstore.put(store, name, archive / name)
-    georeferenced(tmp_path / "c.tif", noise(210, 220))
-    obstore.put(store, "scenes/c.tif", tmp_path / "c.tif")
-    once = first(1, "GET", "a/5.tif", 503)
-
-    def fault(command, path):
-        lost = command == "GET" and "b/5.tif" in path
-        full = command == "PUT" and "c.tif" in path
-        return 503 if lost or full else once(command, path)
-
-    command = ("s3://archive/scenes", "s3://archive/best.pt", "s3://archive/out")
-    options = {"score_threshold": SCORE, "workers": 2}
-    s3.fault = fault
-    report = predict_archive(*command, **options)
     s3.fault = lambda *_: None
-    assert report.done == 2 and set(report.failed) == {"b/5.tif", "c.tif"}
-    assert "503" in report.failed["b/5.tif"] and "503" in report.failed["c.tif"]
-    assert "s3://archive/out/c.tif.geojson: not written" in report.failed["c.tif"]
-    report = predict_archive(*command, **options)
-    assert (report.done, report.skipped, report.failed) == (2, 2, {})
-    for name in ("a/5.tif", "a/5.png", "b/5.tif"):
-        written = bytes(obstore.get(store, f"out/{name}.geojson").bytes())
-        assert written == (undisturbed[1] / f"{name}.geojson").read_bytes()
+    for name in ("cut.tif", "gone.tif"):
+        obstore.put(store, name, whole)
+    s3.seen.clear()
+    main(command)
+    assert "5 done, 0 failed, 2 were there already" in capsys.readouterr().out
+    assert not any("a/5" in path and seen != "GET" for seen, path, _ in s3.seen)
+    alone = predict_scene(
+        *(model_from_checkpoint(archive / "best.pt")[0], tmp_path / "5.tif", 200, 0.2),
+        score_threshold=SCORE,
+        class_names=NAMES,
+    )
+    for image_id, name in enumerate(names, 7):
+        rows = json.loads(bytes(obstore.get(store, f"out/{name}.json").bytes()))
+        assert {row["image_id"] for row in rows} == {image_id}
+        assert "a/5" in name or len(rows) == len(alone["names"]) > 10
 
 
 # ---- before any work is done
