@@ -41,7 +41,8 @@ class Archive(NamedTuple):
 
 def one_line(error: BaseException, most: int = 400) -> str:
     """What went wrong, in one line."""
-    text = " ".join(str(error).split())[:most]
+    told = str(error).split("Debug source:")[0]  # pages of it, from obstore
+    text = " ".join(told.split()).rstrip(":")[:most]
     known = isinstance(error, (OSError, ValueError)) and text
     return text if known else f"{type(error).__name__}: {text}"
 
