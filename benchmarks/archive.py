@@ -35,6 +35,7 @@ import psutil
 import rasterio
 import torch
 from predict import OVERLAP, SCORE, SIZE, make_model, make_scene, matched, theirs
+from rasterio.transform import Affine
 
 from e2e_utils.checkpoint import model_from_checkpoint, save_checkpoint
 from e2e_utils.georeference import write_boxes
@@ -49,6 +50,7 @@ def write_archive(folder: Path, count: int, side: int) -> Path:
     folder.mkdir()
     pixels = make_scene(side)
     kind = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
+    kind |= {"crs": "EPSG:32633", "transform": Affine(0.3, 0, 5e5, 0, -0.3, 5e6)}
     kind |= {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate"}
     for i in range(count):
         part = np.roll(pixels, (37 * i, 91 * i), (0, 1)).transpose(2, 0, 1)

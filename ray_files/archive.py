@@ -85,7 +85,7 @@ def list_archive(scenes: str, images: str | None = None) -> Archive:
     Args:
         scenes: a folder or the URL of one (s3://, gs://, az://), with the pictures in
             and below it (`predict.SCENES`, hidden ones are not taken); a COCO file
-            (.json); or any other file, with a path or URL a line.
+            (.json); a picture; or any other file, with a path or URL a line.
         images: folder or URL below which a COCO file's or a list's relative paths are;
             that of the file by default.
 
@@ -93,10 +93,14 @@ def list_archive(scenes: str, images: str | None = None) -> Archive:
         OSError, ValueError: nothing there, or not readable; the message names it.
     """
     file = scenes.lower().endswith((".json", ".txt", ".csv", ".lst"))
-    if file or "://" not in scenes and Path(scenes).is_file():
+    picture = scenes.lower().endswith(SCENES)
+    if file or "://" not in scenes and Path(scenes).is_file() and not picture:
         return _listed(scenes, images or split_url(scenes)[0])
     if images is not None:
         raise ValueError(f"images is {images}, but {scenes} is no list or COCO file")
+    if picture and not Path(scenes).is_dir():
+        root, name = split_url(absolute(scenes))
+        return Archive(root, {name: absolute(scenes)})
     if "://" not in scenes and not Path(scenes).is_dir():
         raise FileNotFoundError(f"{scenes}: no such folder or file")
     if scenes.startswith(("http://", "https://")):
@@ -132,7 +136,10 @@ def _listed(file: str, images: str) -> Archive:
         ids = {image.file_name: image.id for image in coco.images}
         classes = {category.id: category.name for category in coco.categories}
     else:
-        lines = read_object(file).decode().splitlines()
+        try:
+            lines = read_object(file).decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no list of scenes: {error}") from error
         rows = [line.strip() for line in lines if line.strip()]
     root, by_name = absolute(images), {}
     found: dict[str, str] = {}
@@ -143,6 +150,8 @@ def _listed(file: str, images: str) -> Archive:
         name = source.removeprefix(f"{root}/").split("://")[-1].lstrip("/")
         if found.setdefault(name, source) != source:
             raise ValueError(f"{file}: {found[name]} and {source} have one name")
+        if ".." in name.split("/"):  # its file would lie outside of the output
+            raise ValueError(f"{file}: {row}: no URL or path below {root}")
         by_name[name] = ids.get(row, name)
     if not found:
         raise ValueError(f"{file} names no scene")

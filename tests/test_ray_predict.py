@@ -264,6 +264,7 @@ def test_what_fails_is_told_and_the_same_command_does_what_is_missing(
         ({"scenes": "ftp://host/a"}, "ftp://host/a: give a path, file://, s3://"),
         ({"scenes": "https://host/a"}, "lists nothing; give a list of URLs"),
         ({"scenes": "empty/list.txt"}, "list.txt names no scene"),
+        ({"scenes": "/bin/sh"}, "sh is no list of scenes"),
         ({"scenes": "other.json"}, "other classes.*category 0 is 'ship'.*'car' there"),
         ({"checkpoint": "no.pt"}, "No such file.*no.pt"),
         ({"checkpoint": "other.json"}, "other.json is not a readable checkpoint"),
@@ -314,6 +315,11 @@ def test_names_of_a_list_stay_when_it_grows_and_are_one_a_scene(tmp_path):
     assert found.scenes["bucket/5.tif"] == "s3://bucket/5.tif"
     remote = list_archive(str(tmp_path / "list.txt"), "s3://bucket/in/")
     assert remote.scenes["b/5.tif"] == "s3://bucket/in/b/5.tif"
+    one = list_archive("s3://bucket/in/5.tif")
+    assert one.scenes == {"5.tif": "s3://bucket/in/5.tif"}
+    (tmp_path / "list.txt").write_text("a/../../5.tif")
+    with pytest.raises(ValueError, match="5.tif: no URL or path below s3://bucket"):
+        list_archive(str(tmp_path / "list.txt"), "s3://bucket")
     (tmp_path / "list.txt").write_text("s3://bucket/5.tif\ngs://bucket/5.tif")
     with pytest.raises(ValueError, match="s3://bucket/5.tif and gs://.* have one name"):
         list_archive(str(tmp_path / "list.txt"))
