@@ -172,9 +172,15 @@ def three_nodes() -> Iterator[None]:
         cluster.shutdown()
 
 
+def is_actor(process: psutil.Process) -> bool:
+    return "MapWorker" in " ".join(process.cmdline())
+
+
 def peak_of(work: Callable[[], object], actors_alone: bool = False) -> float:
     """The most MB that the processes from here down had while `work` ran."""
     most, done = 0.0, threading.Event()
+    there = psutil.Process().children(recursive=True)
+    psutil.wait_procs(filter(is_actor, there), timeout=60)  # of the run before
 
     def watch() -> None:
         nonlocal most
@@ -182,7 +188,7 @@ def peak_of(work: Callable[[], object], actors_alone: bool = False) -> float:
             this, total = psutil.Process(), 0
             for process in [this, *this.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
-                    if not actors_alone or "MapWorker" in " ".join(process.cmdline()):
+                    if not actors_alone or is_actor(process):
                         total += process.memory_full_info().pss
             most = max(most, total / 1e6)
 
@@ -237,7 +243,7 @@ class Bench:
         return claim(what, "scenes/s", **rates, equal=same, actors=count, nodes=nodes)
 
     def memory_of_scenes(self) -> dict:
-        few, many, side = (5, 50, 320) if self.quick else (20, 200, 450)
+        few, many, side = (10, 100, 320) if self.quick else (20, 200, 450)
         peaks = []
         for count in (few, many):
             scenes = write_archive(self.root / f"many{count}", count, side)
