@@ -185,12 +185,13 @@ def peak_of(work: Callable[[], object], actors_alone: bool = False) -> float:
     def watch() -> None:
         nonlocal most
         while not done.wait(0.3):
-            this, total = psutil.Process(), 0
+            this, sizes = psutil.Process(), [0]
             for process in [this, *this.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
                     if not actors_alone or is_actor(process):
-                        total += process.memory_full_info().pss
-            most = max(most, total / 1e6)
+                        sizes.append(process.memory_full_info().pss)
+            # an actor of the blocks may start before that of the scenes has ended
+            most = max(most, (max if actors_alone else sum)(sizes) / 1e6)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
