@@ -23,11 +23,12 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations=40
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo notebooks test test-fast test-core test-cluster test-serving \
+.PHONY: help demo own notebooks test test-fast test-core test-cluster test-serving \
   test-notebooks lab site try lint lock types bench clean another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
+	@echo "make own        the notebook on real pictures, results in runs/crowns"
 	@echo "make test       all tests, the notebooks among them"
 	@echo "make test-fast  without notebooks and servers"
 	@echo "make test-core, test-cluster, test-serving, test-notebooks: its parts"
@@ -95,6 +96,9 @@ demo: .venv/installed
 	    notebooks/$$name.ipynb $(RUN)/notebooks/$$name.ipynb || exit 1; \
 	done
 	@echo; echo "Done. The executed notebooks: $(RUN)/notebooks; what they made: $(RUN)"
+
+own:
+	@$(MAKE) --no-print-directory demo RUN=runs/crowns NOTEBOOKS=your_own_data
 
 notebooks: .venv/installed
 	@$(BIN)/python tests/notebooks/refresh.py $(RUN) notebooks

@@ -62,6 +62,7 @@ class TrainConfig:
     weights_backbone: str | None = None  # "DEFAULT": ImageNet weights
     init_checkpoint: str | None = None  # of the same model and classes, to start from
     settings: dict = field(default_factory=dict)  # constructor arguments of the model
+    augment: dict = field(default_factory=dict)  # arguments of data.default_augment
     steps: int | None = None  # length of the run; instead of epochs
     epochs: int = 26
     batch_size: int = 2  # tiles a step on each process

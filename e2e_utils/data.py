@@ -158,8 +158,17 @@ class RandomTranspose(v2.Transform):
         return flipped, target
 
 
-def default_augment(brightness: float = 0.2, contrast: float = 0.2) -> v2.Transform:
-    """Flips, transpose, brightness and contrast: what light and direction vary.
+def default_augment(
+    brightness: float = 0.2,
+    contrast: float = 0.2,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> v2.Transform:
+    """Flips, transpose and colours: what light, air and direction vary.
+
+    Args:
+        brightness, contrast, saturation, hue: of `v2.ColorJitter`; the last, 0..0.5,
+            is a share of the circle of colours. Another sky changes the last two.
 
     Example:
         >>> [type(step).__name__ for step in default_augment().transforms]
@@ -170,7 +179,7 @@ def default_augment(brightness: float = 0.2, contrast: float = 0.2) -> v2.Transf
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
             RandomTranspose(),
-            v2.ColorJitter(brightness=brightness, contrast=contrast),
+            v2.ColorJitter(brightness, contrast, saturation, hue),
         ]
     )
 

@@ -1,8 +1,8 @@
 """A picture or a whole scene in, boxes out; many scenes in, one file of boxes out.
 
-Copy: this file, boxes.py, grid.py, scenes.py, images.py, stretch.py, georeference.py
-and files.py; for the command line checkpoint.py, config.py, models.py, backbones.py,
-efficientnet_lite.py, autocast.py and hardware.py as well.
+Copy: this file, sliced.py, boxes.py, grid.py, scenes.py, images.py, stretch.py,
+georeference.py and files.py; for the command line checkpoint.py, config.py, models.py,
+backbones.py, efficientnet_lite.py, autocast.py and hardware.py as well.
 
 A scene does not fit into a detector, so it goes through in tiles that overlap, and
 the boxes come back together: an object in an overlap is found twice, and per-class
@@ -17,10 +17,8 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .boxes import nms, parts_of_others
 from .checkpoint import model_from_checkpoint
 from .files import find_files
 from .georeference import (
@@ -40,10 +37,10 @@ from .georeference import (
 from .grid import tile_grid
 from .hardware import find_device
 from .scenes import FailedScenes, is_url, open_scene
+from .sliced import KEYS, detections, merge_tables, predict_tiles, tensors
 from .stretch import Stretch
 
 SCENES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-_KEYS = ("boxes", "labels", "scores")
 
 
 def _check(image: np.ndarray) -> None:
@@ -51,29 +48,6 @@ def _check(image: np.ndarray) -> None:
         raise ValueError(
             f"an image must be uint8 (H, W, 3), got {image.dtype} {image.shape}"
         )
-
-
-def _tensors(tiles: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Tiles of one size as float (3, H, W) in 0..1; they travel in one piece."""
-    batch = torch.from_numpy(np.stack(tiles)).to(device)
-    return list(batch.permute(0, 3, 1, 2).float().div_(255))
-
-
-def _detections(
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    class_names: Sequence[str] | None,
-) -> dict:
-    found: dict = {"boxes_xyxy": boxes, "labels": labels, "scores": scores}
-    if class_names is not None:
-        if len(labels) and labels.max() >= len(class_names):
-            raise ValueError(
-                f"label {labels.max()} has no name: class_names has {len(class_names)} "
-                "entries; its index is the label, and the background comes first"
-            )
-        found["names"] = [class_names[label] for label in labels]
-    return found
 
 
 @torch.inference_mode()
@@ -96,14 +70,13 @@ def predict_image(
         float32 (N,) in 0..1, descending; with `class_names` also "names", N str.
     """
     _check(image)
-    output = model(_tensors([image], next(model.parameters()).device))[0]
+    output = model(tensors([image], next(model.parameters()).device))[0]
     keep = output["scores"] >= score_threshold
-    boxes, labels, scores = (output[k][keep].cpu() for k in _KEYS)
+    boxes, labels, scores = (output[k][keep].cpu() for k in KEYS)
     arrays = boxes.float().numpy(), labels.numpy(), scores.float().numpy()
-    return _detections(*arrays, class_names)
+    return detections(*arrays, class_names)
 
 
-@torch.inference_mode()
 def predict_scene(
     model: nn.Module,
     image: np.ndarray | str | Path,
@@ -149,67 +122,20 @@ def predict_scene(
         ValueError: not 8 bit RGB, no place on Earth (it names the file), or batch_size.
         FileNotFoundError: no such file.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give 1 or more")
-    device = next(model.parameters()).device
-    # One table. A list of small tensors would lie between the large ones of the forward
-    # passes and keep their memory from use.
-    table = np.empty((0, 7), np.float32)  # x1 y1 x2 y2 label score cut
-    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-    with open_scene(image, stretch=stretch) as scene, autocast, _channels_last(model):
+    with open_scene(image, stretch=stretch) as scene:
         place = georeference_of(scene)
-        grid = tile_grid(scene.height, scene.width, size, overlap)
-        edge = torch.tensor([0, 0, scene.width, scene.height], device=device)
-        tiles, starts = scene.tiles(grid.tolist()), range(0, len(grid), batch_size)
-        bar = tqdm(starts, "tiles", leave=None, unit="batch", disable=not progress)
-        for start in bar:
-            outputs = model(_tensors(list(islice(tiles, batch_size)), device))
-            corners = torch.from_numpy(grid[start : start + batch_size]).to(device)
-            part = _in_scene(outputs, corners, edge, score_threshold, border)
-            table = np.concatenate([table, part])
-    table = table[nms(table[:, :4], table[:, 5], table[:, 4], nms_threshold)]
-    boxes, labels, cut = table[:, :4], table[:, 4].astype(np.int64), table[:, 6] > 0
-    whole = ~parts_of_others(boxes, labels, cut)
-    found = _detections(boxes[whole], labels[whole], table[whole, 5], class_names)
-    return {**found, "georeference": place}
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Let a detector's convolutions run channels last, a tenth faster on a CPU.
-
-    Its pictures are laid out so on their way in; the model itself stays as it is.
-    """
-    backbone, hook = getattr(model, "backbone", None), None
-    if isinstance(backbone, nn.Module):
-        hook = backbone.register_forward_pre_hook(
-            lambda _, args: (args[0].contiguous(memory_format=torch.channels_last),)
+        table = predict_tiles(
+            model,
+            scene,
+            tile_grid(scene.height, scene.width, size, overlap),
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            border=border,
+            amp_dtype=amp_dtype,
+            progress=progress,
         )
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
-
-
-def _in_scene(
-    outputs: list[dict],
-    corners: torch.Tensor,
-    edge: torch.Tensor,
-    score_threshold: float,
-    border: float,
-) -> np.ndarray:
-    """The boxes of some tiles, float32 (N, 7): xyxy in the scene, label, score, cut."""
-    counts = torch.tensor([len(o["scores"]) for o in outputs], device=edge.device)
-    boxes, labels, scores = (
-        torch.cat([output[key] for output in outputs]).float() for key in _KEYS
-    )
-    keep = scores >= score_threshold
-    tile = corners.repeat_interleave(counts, dim=0)[keep]
-    boxes = boxes[keep] + tile[:, :2].repeat(1, 2)
-    cut = (tile != edge) & ((boxes - tile).abs() <= border) & (border > 0)
-    last = torch.stack([labels[keep], scores[keep], cut.any(dim=1).float()], dim=1)
-    return torch.cat([boxes, last], dim=1).cpu().numpy()
+    found = merge_tables([table], nms_threshold, class_names)
+    return {**found, "georeference": place}
 
 
 @dataclass

@@ -71,7 +71,7 @@ def split_coco(
     if count < 2:
         raise ValueError(
             f"{coco_json} lists {count} scene(s), and training and validation need one "
-            "each: add scenes, or cut this one in two before"
+            "each: add scenes, or cut this one in two by cut_scenes"
         )
     names = sorted(image.file_name for image in coco.images)
     random.Random(seed).shuffle(names)

@@ -125,7 +125,11 @@ class Run:
 
     def _open_tiles(self) -> None:
         config = self.config
-        train = CocoTiles(*self.tiles.split("train"), default_augment(), config.cache)
+        try:
+            augment = default_augment(**config.augment)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"augment is {config.augment}: {error}") from error
+        train = CocoTiles(*self.tiles.split("train"), augment, config.cache)
         self.train_set = train
         self.val_set = CocoTiles(*self.tiles.split("val"), cache=config.cache)
         self.repeats = repeat_factors(train, config.repeat_threshold)

@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,11 @@ from rasterio.transform import Affine
 from torch import nn
 
 from e2e_utils.checkpoint import model_from_checkpoint, save_checkpoint
+from e2e_utils.grid import tile_grid
 from e2e_utils.models import build_model
 from e2e_utils.predict import main, predict_image, predict_scene
+from e2e_utils.scenes import open_scene
+from e2e_utils.sliced import merge_tables, predict_tiles
 from e2e_utils.stretch import Stretch
 
 NAMES = ["background", "ship", "truck", "square", "tank", "plane"]
@@ -278,6 +282,29 @@ def georeferenced(path, pixels, west=9.0, **kind):
     options |= {"crs": "EPSG:4326", "transform": Affine(2e-6, 0, west, 0, -2e-6, 50)}
     with rasterio.open(path, "w", **options, **kind) as file:
         file.write(np.moveaxis(pixels, -1, 0))
+
+
+def test_a_scene_in_blocks_of_whole_batches_has_the_same_boxes_bit_by_bit(tmp_path):
+    model = talkative_detector()
+    georeferenced(tmp_path / "a.tif", noise(700, 420), tiled=True, compress="deflate")
+    with open_scene(tmp_path / "a.tif") as scene:
+        grid, tables, bottoms = tile_grid(700, 420, 200, 0.2), [], []
+
+        def window(x1, y1, x2, y2):
+            bottoms.append(y2)
+            return scene.window(x1, y1, x2, y2)
+
+        noted = replace(scene, window=window)
+        for start in range(0, len(grid), 6):
+            block = grid[start : start + 6]
+            part = predict_tiles(model, noted, grid, start, start + 6, batch_size=3)
+            tables.append(part)
+            assert max(bottoms) == block[:, 3].max()  # and reads no further
+    assert len(tables) > 2 and min(map(len, tables)) > 10
+    found = merge_tables(tables)
+    alone = predict_scene(model, tmp_path / "a.tif", 200, 0.2, batch_size=3)
+    for key in ("boxes_xyxy", "labels", "scores"):
+        np.testing.assert_array_equal(found[key], alone[key])
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """How experiment YAMLs become searches of Ray, and what needs no running Ray."""
 
+import functools
 import json
 import os
 import re
@@ -22,11 +23,12 @@ pytest.importorskip("ray")
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import sample  # noqa: E402
 
-from ray_files import adapter  # noqa: E402
+from ray_files import adapter, predict  # noqa: E402
+from ray_files.archive import Report  # noqa: E402
 from ray_files.translate import translate  # noqa: E402
 
 FILES = ROOT / "determined_files"
-RAYJOB = ROOT / "ray_files" / "rayjob.yaml"
+RAYJOB, PREDICT = (ROOT / "ray_files" / f"rayjob{x}.yaml" for x in ("", "-predict"))
 CRD = ROOT.parent / "shared" / "schemas" / "kuberay" / "RayJob.v1.json"
 
 
@@ -340,9 +342,14 @@ def test_the_environment_and_the_handler_of_ctrl_c_are_put_back(monkeypatch):
 # ---- the RayJob
 
 
+@pytest.fixture(scope="module", params=[RAYJOB, PREDICT], ids=lambda path: path.stem)
+def text(request):
+    return request.param.read_text()
+
+
 @pytest.fixture(scope="module")
-def rayjob():
-    return yaml.safe_load(RAYJOB.read_text())
+def rayjob(text):
+    return yaml.safe_load(text)
 
 
 def test_rayjob_is_valid_and_holds_no_unknown_field(rayjob):
@@ -360,30 +367,56 @@ def test_rayjob_is_valid_and_holds_no_unknown_field(rayjob):
         schema.validate(broken)
 
 
-def test_rayjob_has_a_gpu_for_each_worker_and_pinned_versions(rayjob):
+def gpus(rayjob) -> int:
+    (group,) = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    return group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+
+
+def test_rayjob_runs_a_script_that_is_there_in_pinned_versions(rayjob, text):
     spec = rayjob["spec"]
     words = spec["entrypoint"].split()
-    assert words[:2] == ["python", "ray_files/train.py"]
-    assert (ROOT / words[words.index("--config") + 1]).is_file()
-    found = read_experiment(ROOT / words[words.index("--config") + 1])
-    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    (container,) = group["template"]["spec"]["containers"]
-    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert group["replicas"] * gpus == found["resources"]["slots_per_trial"]
-    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert any(found["hyperparameters"]["cache_dir"].startswith(m) for m in mounts)
+    assert words[0] == "python" and (ROOT / words[1]).is_file()
     pins = (ROOT / "requirements.txt").read_text()
     for pin in yaml.safe_load(spec["runtimeEnvYAML"])["pip"]:
         assert re.search(rf"^{re.escape(pin)}( |$)", pins, re.M), pin
     (ray_pin,) = re.findall(r"^ray\[.*?\]==(\S+)", pins, re.M)
     assert spec["rayClusterSpec"]["rayVersion"] == ray_pin
-    images = re.findall(r"image: (\S+)", RAYJOB.read_text())
+    images = re.findall(r"image: (\S+)", text)
     assert {image.split("-")[0] for image in images} == {f"rayproject/ray:{ray_pin}"}
 
 
-def test_rayjob_cannot_run_before_it_is_filled_in(rayjob):
-    urls = re.findall(r"\w+://\S+", RAYJOB.read_text())
-    assert len(urls) == 3 and all("<" in url for url in urls)
+def test_rayjob_has_a_gpu_for_each_worker():
+    rayjob = yaml.safe_load(RAYJOB.read_text())
+    words = rayjob["spec"]["entrypoint"].split()
+    found = read_experiment(ROOT / words[words.index("--config") + 1])
+    assert gpus(rayjob) == found["resources"]["slots_per_trial"]
+    (group,) = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert any(found["hyperparameters"]["cache_dir"].startswith(m) for m in mounts)
+
+
+def test_the_rayjob_of_prediction_has_known_options_and_a_gpu_each(
+    monkeypatch,
+):
+    rayjob = yaml.safe_load(PREDICT.read_text())
+    given, report = {}, Report("", 0)
+
+    @functools.wraps(predict.predict_archive)  # the options are those of its signature
+    def note(**options):
+        given.update(options)
+        return report
+
+    monkeypatch.setattr(predict, "predict_archive", note)
+    predict.main(rayjob["spec"]["entrypoint"].split()[2:])
+    assert given["workers"] == gpus(rayjob) and given["gpu"] is True
+    assert all(given[key].startswith("s3://<") for key in ("scenes", "output"))
+
+
+def test_rayjob_cannot_run_before_it_is_filled_in(text):
+    urls = re.findall(r"\w+://\S+", text)
+    assert len(urls) >= 3 and all("<" in url for url in urls)
 
 
 # ---- the abandoned package is not needed

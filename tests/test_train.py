@@ -22,7 +22,7 @@ from e2e_utils.data import CocoTiles
 from e2e_utils.experiment import train_config
 from e2e_utils.models import build_model
 from e2e_utils.optim import lr_factor, make_optimizer
-from e2e_utils.run import as_they_are
+from e2e_utils.run import Run, as_they_are
 from e2e_utils.tile_set import describe_split, read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
@@ -245,6 +245,21 @@ def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
         as_they_are(from_recipe("xview", "tiles", "out"), 512)
 
 
+def test_augment_reaches_the_tiles_and_an_unknown_name_or_value_is_quoted(
+    tiles, tmp_path
+):
+    def red_less_blue(augment: dict) -> float:
+        run = Run(config(tiles, tmp_path / "run", augment=augment))
+        pixels = run.train_set[0, 5][0].float().mean((1, 2))
+        return float(pixels[0] - pixels[2])
+
+    still = red_less_blue({"brightness": 0, "contrast": 0})
+    assert abs(red_less_blue({"brightness": 0, "contrast": 0, "hue": 0.5}) - still) > 1
+    for augment, said in (({"hues": 0.1}, "'hues'"), ({"hue": 2}, "hue values")):
+        with pytest.raises(ValueError, match=rf"augment is .*{said}"):
+            red_less_blue(augment)
+
+
 def test_every_field_is_a_flag():
     flags = "--data-path d --output-dir o --epochs 26 --lr-steps 16 22 --scale-lr"
     parsed = parse_args([*flags.split(), "--cache", "--settings", '{"min_size": 400}'])
@@ -356,7 +371,7 @@ def command_line(config: TrainConfig) -> list[str]:
     flags, defaults = [], dataclasses.asdict(TrainConfig("", ""))
     for name, value in dataclasses.asdict(config).items():
         if value != defaults[name]:
-            text = json.dumps(value) if name == "settings" else str(value)
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
             flags += ["--" + name.replace("_", "-"), text]
     return ["-m", "e2e_utils.train", *flags]
 

@@ -37,7 +37,8 @@ def main(run: str, target: str) -> None:
             sys.exit(f"{path} was not executed to its end; run `make demo` first")
         nbformat.write(notebook, Path(target) / path.name)
         print(f"{path.name}: {(Path(target) / path.name).stat().st_size // 1024} KiB")
-    shutil.copy(Path(run) / "training" / "scene.jpg", target)
+        if path.stem == "03_local_training":
+            shutil.copy(Path(run) / "training" / "scene.jpg", target)
 
 
 if __name__ == "__main__":
