@@ -222,6 +222,12 @@ def fullest_image(ground_truth: str | Path | dict, start: str = "") -> dict:
         >>> images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2)]
         >>> fullest_image({"images": images, "annotations": rows})["file_name"]
         '2.jpg'
+
+    Example:
+        >>> images = [{"id": 1, "file_name": "a.tif"}, {"id": 2, "file_name": "b.tif"}]
+        >>> labels = [{"image_id": 2, "category_id": 5}]
+        >>> fullest_image({"images": images, "annotations": labels})["file_name"]
+        'b.tif'
     """
     coco = content(ground_truth)
     rows = [r for r in coco["images"] if str(r["file_name"]).startswith(start)]

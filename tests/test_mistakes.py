@@ -105,7 +105,7 @@ def test_classes_stand_in_the_order_of_their_ids_whatever_the_file_says(tmp_path
     names = {9: "tank", 1: "plane", 5: "ship"}
     truth["categories"] = [{"id": i, "name": name} for i, name in names.items()]
     for image in truth["images"]:
-        image |= {"file_name": "1.jpg", "width": 200, "height": 10}
+        image |= {"file_name": f"{image['id']}.jpg", "width": 200, "height": 10}
     (tmp_path / "coco.json").write_text(json.dumps(truth))
     tiles = CocoTiles(tmp_path, tmp_path / "coco.json")
     matrix = confusion_matrix(tmp_path / "coco.json", boxes)
