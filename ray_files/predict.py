@@ -19,12 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,29 @@ def _merge(job: Job, row: dict, *parts: bytes) -> dict:
         return finish(job, row, parts)
     except Exception as error:
         return {"error": one_line(error)}
+
+
+@contextmanager
+def _without_restarts() -> Iterator[None]:
+    """Leave out a line that Ray's core writes at the first actor of any pool.
+
+    It warns of arguments that go out of scope, and those of Ray Data do not. All else
+    that comes to the process's standard error meanwhile follows at the end.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if b"actor restart will fail" not in line:
+                    os.write(2, line)
 
 
 @contextmanager
@@ -248,7 +273,8 @@ def predict_archive(
     ]
     report = Report(place.url, len(archive.scenes), skipped=len(there))
     if rows:
-        with adapter.ray_session(threads * (workers or 1)), _quiet():
+        hidden = nullcontext() if progress else _without_restarts()
+        with adapter.ray_session(threads * (workers or 1)), _quiet(), hidden:
             gpu = adapter.takes_gpu(gpu, workers or 1)
             there_are = ray.cluster_resources().get("GPU" if gpu else "CPU", 0)
             workers = workers or max(1, int(there_are // (1 if gpu else threads)))
