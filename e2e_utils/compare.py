@@ -121,7 +121,7 @@ def show_matches(
     for picture in zip(images, truth, found, strict=True):
         canvas, labels = draw_matches(*picture, **options)
         pictures.append(canvas)
-        heads.append(", ".join(f"{len(labels[k])} {WORDS[k]}" for k in WORDS))
+        heads.append(", ".join(f"{len(labels[kind])} {kind}" for kind in WORDS))
         for kind, of_kind in labels.items():
             total[kind].update(of_kind)
     if titles is not None:

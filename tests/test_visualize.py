@@ -118,7 +118,7 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     figure, counts = show_matches([image] * 2, [TRUTH] * 2, [FOUND] * 2, **options)
     assert counts == {"right": 0, "false": 2, "missed": 6}
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == [f"{name}: 0 found right, 1 false, 3 missed" for name in "ab"]
+    assert titles == [f"{name}: 0 right, 1 false, 3 missed" for name in "ab"]
     figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["found right", "false (class 3 1)", "missed (class 1 1)"]
