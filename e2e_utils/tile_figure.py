@@ -57,7 +57,8 @@ def show_shared(
 ) -> Figure:
     """The tiles that share one object, each with its part of the object's box.
 
-    It is the largest object of which some tile has a part of 10 to 60 %.
+    It is the largest object of which some tile has a part of 10 to 60 %; where no border
+    cuts one so, the largest of all.
 
     Args:
         image: uint8 (H, W, 3), RGB.
@@ -69,18 +70,18 @@ def show_shared(
         most: pictures at most.
 
     Raises:
-        ValueError: no object is cut so.
+        ValueError: there is no object.
     """
     boxes = np.asarray(boxes_xyxy, float).reshape(-1, 4)
     tile, which, parts = clip_to_tiles(boxes, grid, min_area_ratio)
     areas = np.prod(parts[:, 2:] - parts[:, :2], axis=1)
     shares = areas / np.prod(boxes[which, 2:] - boxes[which, :2], axis=1)
     cut = [b for b in np.unique(which) if 0.1 < shares[which == b].min() < 0.6]
-    if not cut:
+    if not len(which):
         raise ValueError(
-            f"none of the {len(boxes)} objects is cut by the tiles: show another scene"
+            f"none of {len(boxes)} objects lies in a tile: nothing to show"
         )
-    chosen = max(cut, key=lambda b: areas[which == b].sum())
+    chosen = max(cut or np.unique(which), key=lambda b: areas[which == b].sum())
     label = int(labels[chosen])
     pictures, titles = [], []
     for index in np.flatnonzero(which == chosen)[:most]:

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / ".ci", root / ".ci")
     shutil.copy(ROOT / "Makefile", root)
-    (root / "notebooks").mkdir()
+    shutil.copytree(ROOT / "notebooks" / "images", root / "notebooks" / "images")
     for name, values in (("01_install", {}), ("02_data_prep", {"scenes": 3})):
         content = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
         content = parameterize_notebook(
