@@ -57,8 +57,8 @@ def show_shared(
 ) -> Figure:
     """The tiles that share one object, each with its part of the object's box.
 
-    It is the largest object of which some tile has a part of 10 to 60 %; where no border
-    cuts one so, the largest of all.
+    It is the largest object of which some tile has a part of 10 to 60 %; where no
+    border cuts one so, the largest of all.
 
     Args:
         image: uint8 (H, W, 3), RGB.
