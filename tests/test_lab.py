@@ -68,8 +68,8 @@ def code_cells(folder: Path, name: str) -> int:
 
 
 def complaints(page) -> list[str]:  # noqa: F811
-    """Without JupyterLab's question for language servers, of which it has none, and the
-    address of a text's picture before JupyterLab has turned it into that of the file."""
+    """Without what JupyterLab does of itself: a question for language servers, and a
+    text's picture before its address has become that of the file."""
     own = ("/lsp/status", "/lab/tree/images/")
     return [text for text in page.complaints if not any(part in text for part in own)]
 
