@@ -119,8 +119,8 @@ def open_scene(
     Args:
         source: path of a TIFF, PNG or JPEG; the bytes of such a file; an array, uint8
             (H, W, 3); or the URL (s3://, gs://, az://, https://, http://) of a TIFF,
-            which GDAL reads by ranges, with the credentials of the environment; the
-            orientation tag of such a file is not looked at.
+            which GDAL reads by ranges, with the credentials of the environment. Of a
+            URL the orientation tag is not looked at, and the first page is the scene.
         bands: of red, green and blue in a TIFF, from 1. Left out, those that the file
             calls so, else the first three of three or four.
         stretch: a record of how more than 8 bits become 8, its path, or its dict.
@@ -269,9 +269,6 @@ def _open_raster(
     warnings.simplefilter("ignore", NotGeoreferencedWarning)  # it need lie nowhere
     stack.enter_context(rasterio.Env(**options))
     data = stack.enter_context(rasterio.open(path, driver="GTiff"))
-    for page in data.subdatasets[:_PAGES] if options is _GDAL else ():
-        page = stack.enter_context(rasterio.open(page, driver="GTiff"))
-        data = max(data, page, key=lambda row: row.width * row.height)
     colours = tuple(colour.name for colour in data.colorinterp)
     dtype, palette = data.dtypes[0], None
     if bits := data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):
