@@ -31,7 +31,8 @@ def compared(executed, tmp_path, request):
 
 
 def marks(notebook) -> list:
-    return [c for c in notebook.cells if "# NBVAL_CHECK_OUTPUT" in c.source]
+    tag = "nbval-check-output"
+    return [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
 
 
 def test_an_equal_run_differs_nowhere_and_an_unmarked_cell_may_change(
