@@ -1,4 +1,4 @@
-"""Cells marked NBVAL_CHECK_OUTPUT, committed and as another run left them.
+"""Cells with the tag nbval-check-output, committed and as another run left them.
 
 nbval would execute a notebook in order to compare it. Here papermill has executed it
 already: nbval finds the marks and compares the outputs, and starts no kernel.
