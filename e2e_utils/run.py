@@ -143,9 +143,12 @@ class Run:
         config, names = self.config, self.train_set.class_names
         torch.manual_seed(config.seed)
         pretrained = config.weights, config.weights_backbone
-        model: Any = build_model(
-            config.model, len(names), *pretrained, **config.settings
-        )
+        settings = config.settings
+        if config.init_checkpoint or not begins:
+            # its weights come from a file: the same network, and nothing to download
+            settings = resolved_settings(config.model, *pretrained, **settings)
+            pretrained = None, None
+        model: Any = build_model(config.model, len(names), *pretrained, **settings)
         if begins and config.init_checkpoint:
             start_from(model, config.init_checkpoint, config.model, names)
         layout = memory_format(self.precision)

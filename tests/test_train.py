@@ -9,18 +9,20 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from urllib.error import URLError
 
 import pytest
 import torch
 from commands import python
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.models._api import WeightsEnum
 
-from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.checkpoint import model_from_checkpoint, save_checkpoint
 from e2e_utils.config import RECIPES, TrainConfig, from_recipe, parse_args
 from e2e_utils.data import CocoTiles
 from e2e_utils.experiment import train_config
-from e2e_utils.models import build_model
+from e2e_utils.models import build_model, resolved_settings
 from e2e_utils.optim import lr_factor, make_optimizer
 from e2e_utils.run import Run, as_they_are
 from e2e_utils.tile_set import describe_split, read_tile_set
@@ -134,6 +136,28 @@ def test_a_run_starts_from_the_weights_of_another(tiles, tmp_path, whole_run):
     fit(wanted, should_stop=lambda: True, progress=False)
     begin.unlink()  # the run goes on from its own last.pt
     assert fit(wanted, progress=False)["step"] == 4
+
+
+def test_a_run_from_a_checkpoint_downloads_no_weights(tiles, tmp_path, monkeypatch):
+    name = "fasterrcnn_resnet50_fpn"
+    coco = {"model": name, "weights": "DEFAULT"}
+    settings = resolved_settings(name, "DEFAULT", min_size=96, max_size=96)
+    names = read_tile_set(tiles).class_names
+    model = build_model(name, len(names), **settings)
+    meta = {"architecture": name, "settings": settings, "class_names": names}
+    save_checkpoint(tmp_path / "begin.pt", {"model": model.state_dict(), **meta})
+
+    def refuse(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
+    coco["settings"] = {"min_size": 96, "max_size": 96}
+    begin = str(tmp_path / "begin.pt")
+    wanted = config(tiles, tmp_path / "on", init_checkpoint=begin, **coco)
+    assert Run(wanted).describe()["settings"] == settings
+    fit(dataclasses.replace(wanted, steps=1), progress=False)
+    with pytest.raises(RuntimeError, match="could not be downloaded"):
+        Run(config(tiles, tmp_path / "new", **coco))
 
 
 def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
