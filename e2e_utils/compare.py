@@ -105,7 +105,8 @@ def show_matches(
         images: one or more uint8 (H, W, 3) pictures, RGB.
         truth, found: of each picture, see `draw_matches`.
         class_names: name of each label, the background first. With them the legend
-            names the classes that are false or missed most often.
+            names the classes that are false or missed most often, three at most, in
+            all pictures together.
         titles: one for each picture, before its counts.
         columns, width, alt: see `visualize.show`.
         options: score_threshold, iou_threshold, window, scale of `draw_matches`.
@@ -130,7 +131,8 @@ def show_matches(
     for kind, word in WORDS.items():
         most = total[kind].most_common(3) if class_names and kind != "right" else []
         names = ", ".join(f"{class_names[label]} {n}" for label, n in most)
-        legend[f"{word} ({names})" if names else word] = COLORS[kind]
+        where = "all pictures, mostly " if len(pictures) > 1 else "mostly "
+        legend[f"{word} ({where}{names})" if names else word] = COLORS[kind]
     how: dict = {"columns": columns, "width": width, "legend": legend, "alt": alt}
     figure = show(pictures, heads, **how)
     return figure, {kind: sum(counts.values()) for kind, counts in total.items()}
@@ -212,12 +214,12 @@ def precision_recall(
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
 ) -> Figure:
-    """Precision over recall of all classes together, with a score threshold marked.
+    """Precision over recall of all classes together, with score thresholds marked.
 
     Args:
         ground_truth: a COCO file or its content.
         detections: COCO results, from a low score up.
-        score_threshold: that of the mark, 0..1.
+        score_threshold: that of the large mark, 0..1; 0.3 and 0.7 get a small one.
         iou_threshold: from which on a detection of the right class is right.
     """
     kinds = mistakes(ground_truth, detections, 0.0, iou_threshold)
@@ -230,19 +232,28 @@ def precision_recall(
     recall = hits / max(1, _objects(ground_truth))
     figure, (axis,) = axes(5.5, 3.6)
     axis.plot(recall, precision, color=as_hex(COLORS["plain"]))
+    for other in (0.3, 0.7):  # how far a lower or a higher threshold goes
+        at = int((scores >= other).sum()) - 1
+        if at >= 0 and abs(other - score_threshold) > 0.05:
+            axis.plot(recall[at], precision[at], ".", color=as_hex(COLORS["plain"]))
+            axis.annotate(f"{other:g}", (recall[at], precision[at]), **_beside(4, 4))
     at = int((scores >= score_threshold).sum()) - 1
     said = "no box reaches it"
     if at >= 0:
         x, y = recall[at], precision[at]
         said = f"recall {x:.2f}, precision {y:.2f}"
         axis.plot([x], [y], "o", color=as_hex(COLORS["score"]))
-        where: dict = {"xytext": (-8, -8), "textcoords": "offset points"}
-        where |= {"ha": "right", "va": "top"}
+        where = _beside(-8, -8) | {"ha": "right", "va": "top"}
         axis.annotate(f"score {score_threshold:g}\n{said}", (x, y), **where)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     figure.set_label(f"precision over recall; at a score of {score_threshold:g} {said}")
     return figure
+
+
+def _beside(x: float, y: float) -> dict:
+    """Of matplotlib's annotate: so many points from the place that it names."""
+    return {"xytext": (x, y), "textcoords": "offset points"}
 
 
 def _objects(ground_truth: str | Path | dict) -> int:

@@ -1,7 +1,12 @@
 """A picture of a scene with coordinates on its axes.
 
-Copy: this file, georeference.py, scenes.py, images.py, stretch.py and files.py.
+Copy: this file, visualize.py, georeference.py, scenes.py, images.py, stretch.py and
+files.py.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,10 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Affine2D
 
 from .georeference import Georeference
+from .visualize import Color, add_legend
 
 
 def map_figure(
-    image: np.ndarray, place: Georeference, scale: float = 1.0, width: float = 8.0
+    image: np.ndarray,
+    place: Georeference,
+    scale: float = 1.0,
+    width: float = 8.0,
+    legend: Mapping[str, Color] | None = None,
 ) -> Figure:
     """A scene with the coordinates of its CRS on the axes.
 
@@ -21,6 +31,7 @@ def map_figure(
         place: of `georeference.read_georeference`.
         scale: of `draw_boxes`, pixels of `image` for one of the scene.
         width: of the figure in inches.
+        legend: {text: its colour}, below the scene.
     """
     a, b, c, d, e, f = place.transform[:6]
     matrix = np.array([[a / scale, b / scale, c], [d / scale, e / scale, f], [0, 0, 1]])
@@ -41,5 +52,6 @@ def map_figure(
     axis.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
     axis.ticklabel_format(useOffset=False, style="plain")
     axis.tick_params(axis="x", rotation=20)
+    add_legend(figure, legend or {})
     figure.set_label(f"a scene with {names[0]} and {names[1]} on its axes")
     return figure

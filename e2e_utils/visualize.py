@@ -171,19 +171,17 @@ def show(
         if index < len(images):
             axis.imshow(images[index], interpolation="antialiased")
             axis.set_title(titles[index] if titles else "", fontsize=10)
-    if legend:
-        figure.legend(
-            handles=[
-                Patch(facecolor=as_hex(color), edgecolor="0.4", label=text)
-                for text, color in legend.items()
-            ],
-            loc="outside lower center",
-            ncols=min(5, len(legend)),
-            fontsize=9,
-            frameon=False,
-        )
+    add_legend(figure, legend)
     figure.set_label(alt or "; ".join([*(titles or ["a picture"]), *legend]))
     return figure
+
+
+def add_legend(figure: Figure, legend: Mapping[str, Color]) -> None:
+    """Below a figure, what its colours mean: {text: colour}; nothing if empty."""
+    handles = [Patch(fc=as_hex(c), ec="0.4", label=t) for t, c in legend.items()]
+    if handles:
+        where = {"loc": "outside lower center", "ncols": min(5, len(handles))}
+        figure.legend(handles=handles, fontsize=9, frameon=False, **where)
 
 
 def show_boxes(

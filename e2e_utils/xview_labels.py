@@ -69,15 +69,7 @@ def read_labels(
         ValueError: it is no FeatureCollection, or a feature lacks a property or has one
             of another type; the message names file, feature and field.
     """
-    kind: Any = _Collection[_WithCatId] if cat_ids else _Collection[_Properties]
-    try:
-        with open(path, "rb") as file:
-            text = mmap(file.fileno(), 0, access=ACCESS_READ)
-        with text:
-            whole = msgspec.json.decode(text, type=kind)
-    except (ValueError, msgspec.DecodeError) as error:
-        raise ValueError(f"{path}: not xView's label file: {error}") from error
-    rows = [feature.properties for feature in whole.features]
+    rows = _read_properties(path, _WithCatId if cat_ids else _Properties)
     endings = (".tif", ".tiff", ".TIF", ".TIFF")  # of one scene, whoever renamed it
     number = {f"{f.stem}{end}": i for i, f in enumerate(files) for end in endings}
     category = {type_id: new for type_id, (new, _) in classes.items()}
@@ -93,6 +85,37 @@ def read_labels(
         xyxy=np.hstack([np.minimum(first, second), np.maximum(first, second)]),
         cat_ids=[getattr(row, "cat_id", None) for row in rows],
     )
+
+
+def _read_properties(path: str | Path, kind: type[P]) -> list[P]:
+    collection: Any = _Collection[kind]  # type: ignore[valid-type]
+    try:
+        with open(path, "rb") as file:
+            text = mmap(file.fileno(), 0, access=ACCESS_READ)
+        with text:
+            whole = msgspec.json.decode(text, type=collection)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise ValueError(f"{path}: not xView's label file: {error}") from error
+    return [feature.properties for feature in whole.features]
+
+
+def satellite_passes(path: str | Path) -> dict[str, str]:
+    """The pass of the satellite that each scene was cut from: {image_id: cat_id}.
+
+    Scenes of one pass show the same ground in the same light. A scene's pass is that
+    of most of its labels, as in a grouped split.
+
+    Args:
+        path: xView_train.geojson.
+
+    Raises:
+        ValueError: see `read_labels`.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for row in _read_properties(path, _WithCatId):
+        if row.bounds_imcoords:
+            counts.setdefault(row.image_id, Counter())[str(row.cat_id)] += 1
+    return {scene: of.most_common(1)[0][0] for scene, of in counts.items()}
 
 
 # far outside of any scene, and small enough for the area to fit 64 bits

@@ -288,7 +288,7 @@ class Report:
             f"{self.skipped} were there already",
             f"{self.pixels / 1e6:.1f} million pixels in {self.seconds:.1f} s, "
             f"{self.pixels / 1e6 / max(self.seconds, 1e-9):.2f} a second",
-            f"{len(self.actors)} actor(s) worked {busy:.1f} s, {each:.2f} a scene",
+            f"{len(self.actors)} actor(s), {busy:.1f} s of work, {each:.2f} a scene",
             *(f"failed: {name}: {reason}" for name, reason in self.failed.items()),
         ]
         return "\n".join([*lines, f"wrote {self.output}"])

@@ -20,6 +20,7 @@ from e2e_utils.classes import read_classes
 from e2e_utils.convert import geojson_to_coco, tif_to_rgb
 from e2e_utils.scenes import FailedScenes, read_rgb
 from e2e_utils.stretch import read_stretch
+from e2e_utils.xview_labels import satellite_passes
 
 HEIGHT, WIDTH = 60, 80
 
@@ -215,6 +216,7 @@ def test_grouped_split_keeps_passes_together_and_balances_classes(tmp_path):
     features += [feature(name, "1,2,3,4", 18, "a stray") for name in often]
     features += [feature(name, "", 18, "another") for name in of_pass]
     report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
+    assert satellite_passes(write_xview(tmp_path, [], features)[1]) == of_pass
     passes = [
         {of_pass[i["file_name"]] for i in part["images"]} for part in (train, val)
     ]

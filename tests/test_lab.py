@@ -95,7 +95,7 @@ def test_it_opens_on_the_first_notebook_with_its_headings_and_keeps_its_token(
     page.set_viewport_size({"width": 1280, "height": 9_000})  # nothing out of sight
     page.goto(address)
     headings = page.locator(".jp-TableOfContents-content")
-    headings.get_by_text("A smoke test of every library").wait_for(timeout=120_000)
+    headings.get_by_text("A smoke test of the libraries").wait_for(timeout=120_000)
     assert (
         "01_install.ipynb"
         in page.locator(".lm-mod-current.jp-mod-current").inner_text()

@@ -1,0 +1,25 @@
+from commands import python
+
+from e2e_utils.smoke_test import CHECKS, _equal, failed, smoke_test, starts, suppress
+
+
+def test_a_check_that_fails_is_told_and_stops_no_other():
+    def absent():
+        import a_library_that_is_not_there  # noqa: F401
+
+    def wrong():
+        _equal("the answer", 41, 42)
+
+    checks = {"sahi": absent, "ray": wrong, "torchvision": suppress}
+    rows = smoke_test({**checks, "none": starts("no-such-program")})
+    assert [row[0] for row in rows] == [*checks, "none"]
+    assert failed(rows) == ["sahi", "ray", "none"]
+    said = " ".join(row[2] for row in rows)
+    for part in ("a_library_that_is_not", "should be 42, got 41", "is not installed"):
+        assert part in said
+    assert rows[3][1] == "not installed" and rows[2][2] == "NMS keeps 2 of 3 boxes"
+
+
+def test_all_libraries_of_this_environment_pass():
+    lines = python("-m", "e2e_utils.smoke_test").splitlines()
+    assert [line.split()[0] for line in lines] == list(CHECKS)
