@@ -172,10 +172,6 @@ def smoke_test(checks: dict[str, Check] | None = None) -> list[tuple[str, str, s
 
     Returns:
         (package, version, what it did) of each; "FAILED: ..." tells why it did not.
-
-    Example:
-        >>> smoke_test({"sahi": slices})[0][2]
-        '9 tiles of 300 px in 640 x 640'
     """
     rows = []
     for name, check in (CHECKS if checks is None else checks).items():
@@ -192,12 +188,7 @@ def smoke_test(checks: dict[str, Check] | None = None) -> list[tuple[str, str, s
 
 
 def failed(rows: list[tuple[str, str, str]]) -> list[str]:
-    """The packages whose check failed, of what `smoke_test` returns.
-
-    Example:
-        >>> failed([("sahi", "0.12", "9 tiles"), ("ray", "2.5", "FAILED: no module")])
-        ['ray']
-    """
+    """The packages whose check failed, of what `smoke_test` returns."""
     return [name for name, _, said in rows if said.startswith("FAILED")]
 
 

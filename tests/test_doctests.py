@@ -28,6 +28,7 @@ WITHOUT = {
     "run": "train calls it",
     "train": "notebook 3 trains",
     "predict": "notebook 3 predicts",
+    "smoke_test": "notebook 1 runs it",
     "visualize": "the notebooks draw",
     "charts": "the notebooks draw",
     "compare": "the notebooks draw",

@@ -185,7 +185,11 @@ def coco_of_two_cars():
 def test_precision_over_recall_is_that_of_the_matching_and_marks_the_threshold():
     coco, found = coco_of_two_cars()
     figure = precision_recall(coco, found[::-1], 0.5)
-    curve, mark = figure.axes[0].lines
+    curve, *others, mark = figure.axes[0].lines
+    assert [line.get_xydata().tolist() for line in others] == [
+        [[0.5, 1 / 3]],
+        [[0.5, 0.5]],
+    ]
     assert curve.get_ydata() == pytest.approx([1, 1 / 2, 1 / 3])
     assert curve.get_xdata() == pytest.approx([1 / 2] * 3)
     assert mark.get_xydata().tolist() == [[0.5, 0.5]]
