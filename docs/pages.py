@@ -166,7 +166,7 @@ def add_benchmarks(site: Site) -> str:
     """A page for each benchmark: what it says of itself, and its code."""
     index = site.add("benchmarks", "benchmarks/index.md")
     rows, pages = "", []
-    for path in sorted((site.root / "benchmarks").glob("*.*")):
+    for path in sorted((site.root / "benchmarks").glob("*.[ps][yh]")):
         file = path.relative_to(site.root).as_posix()
         text = site.read(file)
         first, _, rest = opening(text, path.suffix).partition("\n")
