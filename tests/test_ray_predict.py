@@ -13,6 +13,7 @@ from collections import Counter
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import commands
 import cv2
 import geopandas
 import numpy as np
@@ -379,6 +380,27 @@ def test_each_format_has_the_boxes_of_all_blocks(archive, tmp_path, ending):
     )
     assert frame["scene"].tolist() == ["a/5.tif"]
     assert frame.crs == ("EPSG:4326" if ending == "geojson" else "EPSG:32633")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_fails_what_does_not_fit(archive, undisturbed, tmp_path):
+    """A real one, of so many bytes, that this test alone sees."""
+    script = """disk=$2; mount -t tmpfs -o size=$1 full "$disk" || exit; shift 2
+        "$@"; echo "status $?"
+        mount -o remount,size=64m "$disk" && "$@" && cp -r "$disk" "$disk.copy"
+    """
+    (tmp_path / "disk").mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if commands.run(*alone, "mount -t tmpfs none /mnt").returncode:
+        pytest.skip("no file system can be mounted here")
+    whole = content(undisturbed[1])
+    room = max(map(len, whole.values())) // 2  # for all but the largest
+    program = [sys.executable, "ray_files/predict.py", "--scenes", archive / "scenes"]
+    program += ["--checkpoint", archive / "best.pt", "--output", tmp_path / "disk"]
+    program += ["--workers=1", "--block_mb=1", f"--score_threshold={SCORE}"]
+    done = commands.run(*alone, script, "sh", room, tmp_path / "disk", *program)
+    print(done.stdout[-3000:], done.stderr[-3000:], room, {k: len(v) for k, v in whole.items()})
+    assert 0
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(archive, tmp_path):

@@ -31,7 +31,10 @@ SHORT = {
     },
 }
 # No network: no COCO weights
-SHORT_XVIEW = {"03": {"steps": 2, "eval_steps": 2, "workers": 0, "weights": None}}
+SHORT_XVIEW = {
+    **SHORT,
+    "03": {"steps": 2, "eval_steps": 2, "workers": 0, "weights": None},
+}
 
 
 def commands(run_name: str) -> list[list[str]]:
@@ -71,10 +74,12 @@ def test_all_notebooks_run_on_pngs_of_other_classes_by_parameters(tmp_path):
 def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
     xview = draw_dataset(tmp_path / "of xView", scenes=2)
     printed = commands("xview")
-    assert [command[1][:2] for command in printed] == ["02", "03"]
+    assert [command[1][:2] for command in printed] == ["02", "03", "04", "05"]
     for command in printed:
         paths = {"/path/to/xview": xview, "../runs": tmp_path}
         execute(command, paths, SHORT_XVIEW)
+    served = json.loads((tmp_path / "xview" / "serving" / "results.json").read_text())
+    assert served["ways"] == 6 and served["max_box_difference_px"] <= 0.05
     results = json.loads((tmp_path / "xview" / "training" / "results.json").read_text())
     assert (
         results["step"] == 2 and results["corner_boxes"] == results["sahi_corner_boxes"]
