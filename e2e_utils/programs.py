@@ -11,12 +11,18 @@ import subprocess
 from pathlib import Path
 
 
-def run_program(*command: str | Path, seconds: float = 120, **environment: str) -> str:
+def run_program(
+    *command: str | Path,
+    seconds: float = 120,
+    folder: str | Path = ".",
+    **environment: str,
+) -> str:
     """What a program prints.
 
     Args:
         command: the program and its arguments; no shell reads them.
         seconds: that it may take.
+        folder: in which it runs.
         environment: variables beside those of this process.
 
     Raises:
@@ -29,10 +35,12 @@ def run_program(*command: str | Path, seconds: float = 120, **environment: str) 
     """
     words = [str(word) for word in command]
     options: dict = {"capture_output": True, "text": True, "timeout": seconds}
+    options |= {"env": {**os.environ, **environment}, "cwd": folder}
     try:
-        done = subprocess.run(words, env={**os.environ, **environment}, **options)
+        done = subprocess.run(words, **options)
     except FileNotFoundError as error:
-        raise RuntimeError(f"{words[0]} is not installed") from error
+        what = "is no folder" if error.filename == str(folder) else "is not installed"
+        raise RuntimeError(f"{error.filename} {what}") from error
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{words[0]} took longer than {seconds:g} s") from error
     if done.returncode:

@@ -3,8 +3,8 @@
 Copy: this file. (With e2e_utils/classes.py and its xview_classes.json, or pass
 `class_names`.)
 
-It needs numpy and requests only, so that a machine that asks needs no torch; that is
-why it does not stand in export.py.
+It needs numpy and requests only (`predict_grpc` kserve as well), so that a machine that
+asks needs no torch; that is why it does not stand in export.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import requests
@@ -127,6 +128,46 @@ def predict_remote(
     return found
 
 
+def predict_grpc(
+    address: str,
+    image: bytes | str | Path,
+    model_name: str = "xview-fasterrcnn",
+    *,
+    timeout: float = 120.0,
+) -> dict:
+    """Boxes of a picture by V2's messages over gRPC, as `predict_remote` gives them.
+
+    Args:
+        address: host and port, such as "localhost:8081".
+        image: the bytes of a picture file (JPEG, PNG, TIFF), or its path; the predictor
+            takes 8 MB (its --max_grpc_mb).
+        model_name: of the server's model.
+        timeout: seconds that the answer may take.
+
+    Raises:
+        RemoteError: no answer, or a refusal, with the server's reason.
+    """
+    import grpc
+    from kserve import InferResponse
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    message = pb.ModelInferRequest(model_name=model_name, raw_input_contents=[content])
+    message.inputs.add(name="image", datatype="UINT8", shape=[len(content)])
+    try:
+        with grpc.insecure_channel(address) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            answer = stub.ModelInfer(message, timeout=timeout)
+    except grpc.RpcError as error:
+        reason = f"{error.code().name}: {error.details()}"
+        raise RemoteError(f"{address} answered by gRPC {reason}") from error
+    outputs = InferResponse.from_grpc(answer).outputs
+    data = {output.name: output.as_numpy() for output in outputs}
+    names = [name.decode() for name in data["names"]]
+    return _arrays(data["boxes_xyxy"], data["labels"], data["scores"], names)
+
+
 def _v1(image: bytes | str | Path, head: dict) -> tuple[bytes, dict]:
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
     instances = [{"data": base64.b64encode(content).decode("ascii")}]
@@ -211,7 +252,7 @@ def _columns(answer: dict) -> dict:
     return _arrays(data["boxes_xyxy"], data["labels"], data["scores"], data["names"])
 
 
-def _arrays(boxes: list, labels: list, scores: list, names: list) -> dict:
+def _arrays(boxes: Any, labels: Any, scores: Any, names: list) -> dict:
     found: dict = {
         "boxes_xyxy": np.array(boxes, dtype=np.float32).reshape(-1, 4),
         "labels": np.array(labels, dtype=np.int64),

@@ -17,27 +17,28 @@ def test_a_cluster_answers_if_it_says_so_and_a_failure_has_kubectls_reason(kubec
     kubectl.says({"get": (1, "context kind-x does not exist")})
     assert not cluster.is_there("kind-x")
     with pytest.raises(RuntimeError, match="^kubectl get pods: .*context kind-x does"):
-        cluster.kubectl("kind-x", "get", "pods")
+        cluster.kubectl("kind-x", "get pods")
 
 
 def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not cluster.is_there("kind-x")
     with pytest.raises(RuntimeError, match="get pods: kubectl is not installed"):
-        cluster.kubectl("kind-x", "get", "pods")
+        cluster.kubectl("kind-x", "get pods")
 
 
-def test_a_folder_takes_the_place_of_an_older_one_once_the_pod_is_ready(kubectl):
-    kubectl.says(
-        {"apply": (0, "made"), "exec model-store-pod -- ls": (0, "detector.json")}
-    )
-    assert cluster.apply("kind-x", "a.yaml", "b.yaml") == "made"
-    assert cluster.copy_in("kind-x", "here/artefact", "xview") == "detector.json"
-    applied, waited, removed, copied, _ = kubectl.asked("kind-x")
-    assert applied == "apply -f a.yaml -f b.yaml"
-    assert waited.startswith("wait --for=condition=Ready pod/model-store-pod")
-    assert removed == "exec model-store-pod -- rm -rf /pv/xview"
-    assert copied == "cp here/artefact model-store-pod:/pv/xview"
+def test_steps_are_printed_and_run_only_where_a_cluster_is(kubectl, capsys, tmp_path):
+    kubectl.says({"apply": (0, "made"), "exec": (1, "no such pod")})
+    commands = ("apply -f 'a b.yaml'", "wait pod/x", "exec x -- ls", "get pods")
+    cluster.steps("kind-x", *commands, run=False)
+    printed = [f"$ kubectl --context kind-x {command}" for command in commands]
+    assert capsys.readouterr().out.splitlines() == printed
+    assert not kubectl.log.exists()
+    with pytest.raises(RuntimeError, match="^kubectl exec x -- ls: .*no such pod"):
+        cluster.steps("kind-x", *commands, run=True, folder=tmp_path)
+    first, *others = printed[:3]
+    assert capsys.readouterr().out.splitlines() == [first, "made", *others]
+    assert kubectl.asked("kind-x") == ["apply -f a b.yaml", *commands[1:3]]
 
 
 def test_the_host_is_that_of_the_services_url_and_missing_while_it_has_none(kubectl):
@@ -62,37 +63,3 @@ def test_the_gateway_is_reached_by_a_port_that_closes_with_the_block(kubectl):
     with pytest.raises(RuntimeError, match="kind-x has no gateway"):
         with cluster.gateway("kind-x"):
             pass
-
-
-MANIFEST = """
-kind: Pod
-metadata: {name: a}
----
-apiVersion: v1
-kind: Service
-metadata: {name: b, labels: {c: d}}
-spec:
-  ports: [{port: 1, name: e}, {port: 2, name: f}]
-"""
-
-
-def test_an_excerpt_shows_the_fields_that_are_named_and_no_others(tmp_path):
-    path = tmp_path / "some.yaml"
-    path.write_text(MANIFEST)
-    fields = ("spec.ports.1.port", "metadata.name", "spec.ports.1.name", "apiVersion")
-    text = cluster.excerpt(path, "Service", *fields)
-    assert text.splitlines() == [
-        "apiVersion: v1",
-        "kind: Service",
-        "metadata:",
-        "  name: b",
-        "spec:",
-        "  ports:",
-        "  - port: 2",
-        "    name: f",
-    ]
-    with pytest.raises(ValueError, match="some.yaml has no Route; it has Pod, Service"):
-        cluster.excerpt(path, "Route")
-    for field in ("metadata.owner", "spec.ports.2", "spec.ports.x", "kind.of"):
-        with pytest.raises(ValueError, match=f"some.yaml has no field '{field}'"):
-            cluster.excerpt(path, "Service", field)

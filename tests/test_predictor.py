@@ -53,7 +53,7 @@ from serving import NAMES, ROOT, decode, jpeg
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.georeference import read_georeference, to_geojson
 from e2e_utils.predict import predict_image, predict_scene
-from kserve_utils.client import predict_remote
+from kserve_utils.client import RemoteError, predict_grpc, predict_remote
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
 from kserve_utils.predictor.admission import Admission, Limits
@@ -166,7 +166,7 @@ def test_every_form_of_a_v2_picture_gives_the_same_boxes(predicted):
 
 
 @pytest.mark.slow
-def test_the_clients_of_kserve_are_understood(predicted):
+def test_kserves_client_and_ours_by_grpc_get_the_same_boxes(predicted):
     async def ask() -> dict:
         client = InferenceRESTClient(RESTConfig(protocol="v2", timeout=120))
         tensor = InferInput("image", [len(TILE)], "UINT8")
@@ -176,8 +176,13 @@ def test_the_clients_of_kserve_are_understood(predicted):
         await client.close()
         return {row.name: row.as_numpy() for row in answer.outputs}
 
-    found = asyncio.run(ask())
-    same(found, boxes_v2(ask_v2(predicted, TILE).json()))
+    found, expected = asyncio.run(ask()), boxes_v2(ask_v2(predicted, TILE).json())
+    same(found, expected)
+    ours = predict_grpc(predicted.grpc, TILE)
+    same(ours, expected)
+    assert ours["names"] == [NAMES[label] for label in ours["labels"]]
+    with pytest.raises(RemoteError, match="NOT_FOUND: no model 'other'"):
+        predict_grpc(predicted.grpc, TILE, "other")
     names = [n.decode() if isinstance(n, bytes) else n for n in found["names"]]
     assert names == [NAMES[label] for label in found["labels"]]
 

@@ -5,9 +5,12 @@ import pytest
 from e2e_utils.programs import run_program
 
 
-def test_what_a_program_prints_comes_back():
-    code = "import os; print(os.environ['COLOUR'])"
-    assert run_program(sys.executable, "-c", code, COLOUR="red") == "red"
+def test_what_a_program_prints_comes_back(tmp_path):
+    code = "import os; print(os.environ['COLOUR'], os.getcwd())"
+    said = run_program(sys.executable, "-c", code, folder=tmp_path, COLOUR="red")
+    assert said == f"red {tmp_path.resolve()}"
+    with pytest.raises(RuntimeError, match="^no such folder is no folder$"):
+        run_program(sys.executable, "-c", code, folder="no such folder")
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,55 @@
 """The notebook on Kubernetes, without a cluster and with a test double of kubectl."""
 
+import os
+import re
+import shlex
+
 import nbformat
 import papermill
 import pytest
 from fake_kubectl import Kubectl
-from test_committed import FOLDER, printed
-
-pytestmark = pytest.mark.notebook
+from test_committed import FOLDER, ROOT, printed
 
 
-def execute(folder, context: str) -> str:
-    """All that the notebook prints."""
+def execute(folder, context: str) -> tuple[str, list[str]]:
+    """All that the notebook prints, and the kubectl commands among it."""
     source, output = FOLDER / "kubernetes.ipynb", folder / "run.ipynb"
     parameters = {"run_dir": str(folder), "kube_context": context}
     how = {"kernel_name": "python3", "cwd": FOLDER, "progress_bar": False}
     papermill.execute_notebook(source, output, parameters, **how)
-    return printed(nbformat.read(output, as_version=4))
+    text = printed(nbformat.read(output, as_version=4))
+    return text, re.findall(rf"^\$ kubectl --context {context} (.*)$", text, re.M)
 
 
-def test_without_a_cluster_it_runs_to_its_end_and_says_so(tmp_path):
-    text = execute(tmp_path, "nowhere")
-    assert text.count("no cluster answers as nowhere: nothing was done") == 5
-
-
-def test_a_cluster_gets_the_volume_then_the_artefact_then_the_service(
-    tmp_path, monkeypatch
-):
+@pytest.mark.notebook
+def test_a_cluster_is_asked_what_is_printed_where_there_is_none(tmp_path, monkeypatch):
+    text, commands = execute(tmp_path, "nowhere")
+    assert "nowhere does not answer" in text
     kubectl = Kubectl(tmp_path, monkeypatch)
     kubectl.says({"get --raw /readyz": (0, "ok"), "logs": (0, "the predictor's log")})
-    text = execute(tmp_path, "kind-x")
-    assert "no cluster" not in text and "the predictor's log" in text
+    text, again = execute(tmp_path, "kind-x")
+    assert "kind-x answers" in text and "the predictor's log" in text
+    assert again == commands
     asked = kubectl.asked("kind-x")
-    steps = ("apply -f ../k8s_files/pv-and-pvc", "cp ", "apply -f ../k8s_files/network")
+    assert asked[1:] == [" ".join(shlex.split(command)) for command in commands]
+    steps = ("apply -f k8s_files/pv-and-pvc", "cp ", "apply -f k8s_files/network")
     places = [[a.startswith(step) for a in asked].index(True) for step in steps]
     assert places == sorted(places)
-    assert f"cp {tmp_path}/serving/artefact model-store-pod:/pv/xview-artefact" in asked
+    artefact = os.path.relpath(tmp_path / "serving" / "artefact", ROOT)
+    assert f"cp {artefact} model-store-pod:/pv/xview-artefact" in asked
+    files = re.findall(r"-f (\S+)", " ".join(commands))
+    assert files and all((ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize("name", ["05_kserve_deploy", "kubernetes"])
+def test_what_is_shown_of_a_file_are_lines_of_the_one_linked_last(name):
+    cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    blocks = list(re.finditer(r"^```(yaml|properties)\n(.*?)^```", text, re.M | re.S))
+    assert len(blocks) > 2
+    for block in blocks:
+        links = rf"\]\((\.\./\S+\.{block[1]})\)"
+        file = re.findall(links, text[: block.start()])[-1]
+        lines = iter((FOLDER / file).read_text().splitlines())
+        for line in block[2].splitlines():
+            assert line in lines, f"{file} has no such line, or not here: {line}"
