@@ -33,7 +33,7 @@ Usage: $0 [options]
                    The default is Standard mode: Gateway API and Envoy Gateway.
   --with-autoscaling
                    Prometheus and KEDA, by which xview-predictor.yaml scales on the
-                   requests that wait. Knative mode has its own means.
+                   requests in flight. Knative mode has its own means.
   --cluster NAME   name of the kind cluster ($cluster)
   --bin-dir DIR    where missing tools go ($bin_dir)
   --dry-run        print each command, run none
