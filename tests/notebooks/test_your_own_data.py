@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 def test_the_server_gives_the_boxes_of_the_model_on_a_real_picture(run):
     results = json.loads((run / "results.json").read_text())
-    assert abs(results["served"] - results["here"]) <= 1  # one may be on the threshold
+    assert results["box_difference_px"] <= 0.05  # and `compare` allows few on one side
     assert set(results["ImageNet weights"]) == set(results["random weights"])
 
 
