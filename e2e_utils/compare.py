@@ -105,8 +105,7 @@ def show_matches(
         images: one or more uint8 (H, W, 3) pictures, RGB.
         truth, found: of each picture, see `draw_matches`.
         class_names: name of each label, the background first. With them the legend
-            names the classes that are false or missed most often, three at most, in
-            all pictures together.
+            names the classes that are false or missed most often, three at most.
         titles: one for each picture, before its counts.
         columns, width, alt: see `visualize.show`.
         options: score_threshold, iou_threshold, window, scale of `draw_matches`.
@@ -130,9 +129,11 @@ def show_matches(
     legend = {}
     for kind, word in WORDS.items():
         most = total[kind].most_common(3) if class_names and kind != "right" else []
-        names = ", ".join(f"{class_names[label]} {n}" for label, n in most)
-        where = "all pictures, mostly " if len(pictures) > 1 else "mostly "
-        legend[f"{word} ({where}{names})" if names else word] = COLORS[kind]
+        one = len(pictures) == 1  # of several the counts stand in the titles
+        names = ", ".join(
+            f"{class_names[i]} {n}" if one else class_names[i] for i, n in most
+        )
+        legend[f"{word} (mostly {names})" if names else word] = COLORS[kind]
     how: dict = {"columns": columns, "width": width, "legend": legend, "alt": alt}
     figure = show(pictures, heads, **how)
     return figure, {kind: sum(counts.values()) for kind, counts in total.items()}
