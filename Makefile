@@ -139,7 +139,8 @@ try: .venv/installed
 	@test -n "$(SERVER)" || test -d "$(ARTEFACT)" || { echo "there is no $(ARTEFACT):" \
 	  "run make demo first, or make try SERVER=http://HOST:PORT"; exit 1; }
 	@$(BIN)/python -m sample_data --output_dir runs/try --scenes 1 --seed 7 >/dev/null
-	@$(BIN)/python -m kserve_utils.try_page $(TRY) --examples runs/try/train_images \
+	@cp runs/try/train_images/5.tif runs/try/another_town.tif
+	@$(BIN)/python -m kserve_utils.try_page $(TRY) --examples runs/try/another_town.tif \
 	  $(firstword $(wildcard $(RUN)/tiles/val_images*/*.jpg))
 
 # With SITE_REPOSITORY=https://github.com/OWNER/NAME pages have links to edit and open.

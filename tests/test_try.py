@@ -59,7 +59,8 @@ def example(tmp_path_factory):
     """A drawn scene where a trained detector looks at it, else blobs."""
     folder = tmp_path_factory.mktemp("try")
     if TRAINED:
-        return next((draw_dataset(folder, 1, 7) / "train_images").glob("[!.]*.tif"))
+        (scene,) = (draw_dataset(folder, 1, 7) / "train_images").glob("[!.]*.tif")
+        return scene.rename(folder / "another_town.tif")
     (folder / "scene.jpg").write_bytes(jpeg(500, 700))
     return folder / "scene.jpg"
 
