@@ -202,6 +202,39 @@ def show_mistakes(
     return show(pictures, titles, columns=columns, legend=legend)
 
 
+def show_false(
+    kinds: Mapping[str, np.ndarray],
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    image_dir: str | Path,
+    class_name: str,
+    *,
+    most: int = 4,
+    stretch: Any = None,
+) -> Figure | None:
+    """The surest false boxes of a class, each with its kind; None if there are none.
+
+    Args:
+        kinds, ground_truth, detections, image_dir, stretch: see `show_mistakes`.
+        class_name: of the detections.
+        most: so many of them.
+    """
+    files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
+    names = {row["id"]: row["name"] for row in ground_truth["categories"]}
+    wrong = [(kind, d) for kind in KINDS[1:] for d in kinds[kind][:, 0] if d >= 0]
+    rows = [(kind, detections[d]) for kind, d in wrong]
+    rows = [row for row in rows if names[row[1]["category_id"]] == class_name]
+    rows = sorted(rows, key=lambda row: -row[1]["score"])[:most]
+    pictures = []
+    for _, row in rows:
+        file = Path(image_dir, files[row["image_id"]])
+        image = read_rgb(file, stretch=stretch)
+        pictures.append(close_up(image, None, _corners(row), least=120))
+    titles = [f"{kind}, score {row['score']:.2f}" for kind, row in rows]
+    alt = f"false boxes of {class_name}: {', '.join(titles)}"
+    return show(pictures, titles, alt=alt) if pictures else None
+
+
 def _corners(row: Mapping[str, Any] | None) -> list[float] | None:
     if row is None:
         return None

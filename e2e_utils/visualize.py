@@ -180,7 +180,7 @@ def add_legend(figure: Figure, legend: Mapping[str, Color]) -> None:
     """Below a figure, what its colours mean: {text: colour}; nothing if empty."""
     handles = [Patch(fc=as_hex(c), ec="0.4", label=t) for t, c in legend.items()]
     if handles:
-        where = {"loc": "outside lower center", "ncols": min(5, len(handles))}
+        where: dict = {"loc": "outside lower center", "ncols": min(5, len(handles))}
         figure.legend(handles=handles, fontsize=9, frameon=False, **where)
 
 

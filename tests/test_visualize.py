@@ -11,6 +11,7 @@ from e2e_utils.charts import bars, confusion, histogram, learning_curve, lines
 from e2e_utils.compare import (
     draw_matches,
     precision_recall,
+    show_false,
     show_found,
     show_matches,
     show_mistakes,
@@ -202,6 +203,10 @@ def test_a_mistake_of_each_kind_is_shown(tmp_path):
     figure = show_mistakes(mistakes(coco, found, 0.2), coco, found, tmp_path)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["duplicate: car", "background: car", "missed: car"]
+    kinds = mistakes(coco, found, 0.2)
+    figure = show_false(kinds, coco, found, tmp_path, "car", most=1)
+    assert [axis.get_title() for axis in figure.axes] == ["background, score 0.80"]
+    assert show_false(kinds, coco, found, tmp_path, "bus") is None
 
 
 def test_a_table_aligns_numbers_to_the_right():
