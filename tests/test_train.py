@@ -550,6 +550,9 @@ def test_a_recipe_with_another_model_leaves_weights_and_settings_to_it():
     assert (made.epochs, made.steps) == (5, None)
     made = from_recipe("xview", "tiles", "out", 512)
     assert (made.settings["min_size"], made.settings["max_size"]) == (512, 512)
+    more = {"box_detections_per_img": 500, "anchor_sizes": None}
+    joined = from_recipe("xview", "tiles", "out", 512, settings=more).settings
+    assert joined == {**made.settings, **more}
     made.settings.clear()
     assert RECIPES["xview"]["settings"]
     with pytest.raises(
