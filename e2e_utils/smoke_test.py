@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .models import build_model
 from .programs import run_program
@@ -164,17 +165,21 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def smoke_test(checks: dict[str, Check] | None = None) -> list[tuple[str, str, str]]:
+def smoke_test(
+    checks: dict[str, Check] | None = None, progress: bool = False
+) -> list[tuple[str, str, str]]:
     """Run all checks; one that fails does not stop the others.
 
     Args:
         checks: {name of the package: its check}, `CHECKS` by default.
+        progress: show a bar.
 
     Returns:
         (package, version, what it did) of each; "FAILED: ..." tells why it did not.
     """
-    rows = []
-    for name, check in (CHECKS if checks is None else checks).items():
+    rows, checks = [], CHECKS if checks is None else checks
+    how = {"desc": "smoke test", "leave": False, "disable": not progress}
+    for name, check in tqdm(checks.items(), **how):
         try:
             said = check()
         except Exception as error:  # an import may fail in any way
