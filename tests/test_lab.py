@@ -102,7 +102,7 @@ def test_it_opens_on_the_first_notebook_with_its_headings_and_keeps_its_token(
     )
     counts = run_all(page, code_cells(folder, "01_install"))
     assert len(counts) > 3, counts
-    assert "checks passed" in page.locator(".jp-Notebook").inner_text()
+    assert "checked, none failed" in page.locator(".jp-Notebook").inner_text()
     assert complaints(page) == []
 
 
