@@ -176,7 +176,8 @@ def from_recipe(
     if given.get("model", fields_of["model"]) != fields_of["model"]:
         fields_of = {k: v for k, v in fields_of.items() if k not in _OF_MODEL}
     if "settings" in given:
-        given["settings"] = {**fields_of.get("settings", {}), **given["settings"]}
+        own = given["settings"] or {}
+        given["settings"] = {**fields_of.get("settings", {}), **own}
     if given.get("epochs") is not None:
         fields_of["steps"] = None
     return TrainConfig(str(data_path), str(output_dir), **{**fields_of, **given})
