@@ -3,8 +3,9 @@
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
-from urllib.parse import urljoin
+from urllib.parse import parse_qs, urljoin, urlparse
 
 import nbformat
 import pytest
@@ -74,9 +75,30 @@ def complaints(page) -> list[str]:  # noqa: F811
     return [text for text in page.complaints if not any(part in text for part in own)]
 
 
-def run_all(page, cells: int) -> list[str]:  # noqa: F811
+def wait_for_kernel(page, address: str, name: str) -> None:  # noqa: F811
+    """Until the page talks to the notebook's kernel; before, "Run All" runs nothing.
+
+    The page alone does not tell: it says "idle" also before it has looked for one, and
+    the notebook of the last visit, which is opened again, has a kernel of its own.
+    """
+    token = parse_qs(urlparse(address).query)["token"][0]
+    for _ in range(240):
+        answer = requests.get(
+            urljoin(address, "/api/sessions"), params={"token": token}, timeout=60
+        )
+        kernels = [s["kernel"] for s in answer.json() if s["path"].startswith(name)]
+        if any(kernel["connections"] for kernel in kernels):
+            break
+        time.sleep(0.5)
+    else:
+        raise AssertionError(f"no kernel for {name}: {answer.text}")
+    idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+    page.locator(f"{SHOWN} {idle}").wait_for()
+
+
+def run_all(page, address: str, name: str, cells: int) -> list[str]:  # noqa: F811
     """Run the notebook on show to its end; the counts that its bars went through."""
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").last.wait_for()
+    wait_for_kernel(page, address, name)
     page.evaluate(WATCH)
     page.get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
@@ -100,7 +122,7 @@ def test_it_opens_on_the_first_notebook_with_its_headings_and_keeps_its_token(
         "01_install.ipynb"
         in page.locator(".lm-mod-current.jp-mod-current").inner_text()
     )
-    counts = run_all(page, code_cells(folder, "01_install"))
+    counts = run_all(page, address, "01_install", code_cells(folder, "01_install"))
     assert len(counts) > 3, counts
     assert "checked, none failed" in page.locator(".jp-Notebook").inner_text()
     assert complaints(page) == []
@@ -111,10 +133,10 @@ def test_notebook_2_runs_to_its_end_with_bars_that_move_and_pictures(
     address,
     page,  # noqa: F811
 ):
-    page.set_viewport_size({"width": 1280, "height": 20_000})
+    page.set_viewport_size({"width": 1280, "height": 30_000})
     page.goto(address.replace("01_install", "02_data_prep"))
     page.locator(".lm-mod-current").get_by_text("02_data_prep.ipynb").wait_for()
-    counts = run_all(page, code_cells(folder, "02_data_prep"))
+    counts = run_all(page, address, "02_data_prep", code_cells(folder, "02_data_prep"))
     assert len(counts) > 3, counts
     images = page.locator(f"{SHOWN} .jp-OutputArea img")
     drawn = images.evaluate_all("images => images.map(i => i.naturalWidth)")
