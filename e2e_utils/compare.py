@@ -29,6 +29,11 @@ from .visualize import (
 )
 
 WORDS = {"right": "found right", "false": "false", "missed": "missed"}
+OF_MISTAKES = {
+    "labelled": COLORS["labelled"],
+    "false": COLORS["false"],
+    "the object's right box": COLORS["right"],
+}
 
 
 def draw_matches(
@@ -175,7 +180,7 @@ def show_mistakes(
     columns: int = 3,
     stretch: Any = None,
 ) -> Figure:
-    """One mistake of each kind, the surest first: labelled in white, found in red.
+    """The surest mistake of each kind, with its object: see `_of_mistake`.
 
     Args:
         kinds: of `mistakes.mistakes`.
@@ -185,21 +190,14 @@ def show_mistakes(
         columns: pictures in a row.
         stretch: of scenes of more than 8 bits, see `scenes.open_scene`.
     """
-    files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
-    names = {row["id"]: row["name"] for row in ground_truth["categories"]}
+    given = kinds, ground_truth, detections, image_dir, stretch
     pictures, titles = [], []
-    for kind in KINDS:
-        if kind == "correct" or not len(kinds[kind]):
-            continue
-        of_found, of_label = kinds[kind][0].tolist()
-        found = detections[of_found] if of_found >= 0 else None
-        label = ground_truth["annotations"][of_label] if of_label >= 0 else None
-        either = found or label or {}
-        pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
-        pictures.append(close_up(pixels, _corners(label), _corners(found)))
-        titles.append(f"{kind}: {names[either['category_id']]}")
-    legend = {"labelled": COLORS["labelled"], "found": COLORS["false"]}
-    return show(pictures, titles, columns=columns, legend=legend)
+    for kind in KINDS[1:]:
+        for pair in kinds[kind][:1].tolist():
+            picture, name = _of_mistake(pair, *given)
+            pictures.append(picture)
+            titles.append(f"{kind}: {name}")
+    return show(pictures, titles, columns=columns, legend=OF_MISTAKES)
 
 
 def show_false(
@@ -219,20 +217,44 @@ def show_false(
         class_name: of the detections.
         most: so many of them.
     """
+    given = kinds, ground_truth, detections, image_dir, stretch
+    categories = ground_truth["categories"]
+    ids = {row["id"] for row in categories if row["name"] == class_name}
+    rows = [
+        (detections[pair[0]]["score"], kind, pair)
+        for kind in KINDS[1:]
+        for pair in kinds[kind].tolist()
+        if pair[0] >= 0 and detections[pair[0]]["category_id"] in ids
+    ]
+    rows = sorted(rows, key=lambda row: -row[0])[:most]
+    pictures = [_of_mistake(pair, *given, least=120)[0] for _, _, pair in rows]
+    titles = [f"{kind}, score {score:.2f}" for score, kind, _ in rows]
+    alt = f"false boxes of {class_name}: {', '.join(titles)}"
+    return show(pictures, titles, alt=alt, legend=OF_MISTAKES) if pictures else None
+
+
+def _of_mistake(
+    pair: Sequence[int],
+    kinds: Mapping[str, np.ndarray],
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    image_dir: str | Path,
+    stretch: Any,
+    least: int = 64,
+) -> tuple[np.ndarray, str]:
+    """A mistake close up with the object concerned and the right box that this has, if
+    any; and the name of the class that was found, or missed."""
+    of_found, of_label = pair
+    right = dict(kinds["correct"][:, ::-1].tolist())
+    found = detections[of_found] if of_found >= 0 else None
+    label = ground_truth["annotations"][of_label] if of_label >= 0 else None
+    better = detections[right[of_label]] if of_label in right else None
+    either = found or label or {}
     files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
     names = {row["id"]: row["name"] for row in ground_truth["categories"]}
-    wrong = [(kind, d) for kind in KINDS[1:] for d in kinds[kind][:, 0] if d >= 0]
-    rows = [(kind, detections[d]) for kind, d in wrong]
-    rows = [row for row in rows if names[row[1]["category_id"]] == class_name]
-    rows = sorted(rows, key=lambda row: -row[1]["score"])[:most]
-    pictures = []
-    for _, row in rows:
-        file = Path(image_dir, files[row["image_id"]])
-        image = read_rgb(file, stretch=stretch)
-        pictures.append(close_up(image, None, _corners(row), least=120))
-    titles = [f"{kind}, score {row['score']:.2f}" for kind, row in rows]
-    alt = f"false boxes of {class_name}: {', '.join(titles)}"
-    return show(pictures, titles, alt=alt) if pictures else None
+    pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
+    boxes = map(_corners, (label, found, better))
+    return close_up(pixels, *boxes, least=least), names[either["category_id"]]
 
 
 def _corners(row: Mapping[str, Any] | None) -> list[float] | None:

@@ -226,14 +226,16 @@ def close_up(
     image: np.ndarray,
     labelled_xyxy: Sequence[float] | None = None,
     found_xyxy: Sequence[float] | None = None,
+    right_xyxy: Sequence[float] | None = None,
     size: int = 240,
     least: int = 64,
 ) -> np.ndarray:
-    """A square around a detection and its object: labelled in white, found in red.
+    """A square around an object, labelled in white, and what was found there.
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        labelled_xyxy, found_xyxy: in pixels of `image`; at least one of them.
+        labelled_xyxy, found_xyxy, right_xyxy: in its pixels; one at least. Found is
+            red, found right is blue.
         size: side of the result in pixels.
         least: least side of the square in pixels of `image`; it grows with the boxes.
 
@@ -242,11 +244,12 @@ def close_up(
     """
     given = (
         (labelled_xyxy, COLORS["labelled"], 3),
+        (right_xyxy, COLORS["right"], 2),
         (found_xyxy, COLORS["false"], 2),
     )
     drawn = [(np.array(b, float), c, w) for b, c, w in given if b is not None]
     if not drawn:
-        raise ValueError("close_up needs labelled_xyxy or found_xyxy; both are None")
+        raise ValueError("close_up needs a box; all are None")
     low = np.min([box[:2] for box, _, _ in drawn], axis=0)
     high = np.max([box[2:] for box, _, _ in drawn], axis=0)
     side = max(float(least), 1.5 * float((high - low).max()))

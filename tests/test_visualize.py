@@ -85,8 +85,10 @@ def test_a_close_up_is_centred_on_its_boxes_even_at_a_corner():
     assert view[10, 64].tolist() == [0, 0, 0] and view[64, 64].tolist() == [90] * 3
     view = close_up(image, None, [40, 40, 60, 60], size=128)
     assert view[44, 64].tolist() == list(COLORS["false"])
+    view = close_up(image, None, None, [40, 40, 60, 60], size=128)
+    assert view[44, 64].tolist() == list(COLORS["right"])
     assert close_up(image, None, [0, 0, 99, 99], size=50).shape == (50, 50, 3)
-    with pytest.raises(ValueError, match="both are None"):
+    with pytest.raises(ValueError, match="all are None"):
         close_up(image)
 
 
@@ -178,7 +180,7 @@ def coco_of_two_cars():
     }
     found = [
         {"image_id": 1, "category_id": 7, "bbox": box, "score": score}
-        for box, score in ((rows[0], 0.9), ([80, 0, 9, 9], 0.8), (rows[0], 0.3))
+        for box, score in ((rows[0], 0.9), ([80, 0, 9, 9], 0.8), ([0, 2, 10, 10], 0.3))
     ]
     return coco, found
 
@@ -203,6 +205,8 @@ def test_a_mistake_of_each_kind_is_shown(tmp_path):
     figure = show_mistakes(mistakes(coco, found, 0.2), coco, found, tmp_path)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["duplicate: car", "background: car", "missed: car"]
+    blue = [(a.images[0].get_array() == COLORS["right"]).all(2) for a in figure.axes]
+    assert [bool(pixels.any()) for pixels in blue] == [True, False, False]
     kinds = mistakes(coco, found, 0.2)
     figure = show_false(kinds, coco, found, tmp_path, "car", most=1)
     assert [axis.get_title() for axis in figure.axes] == ["background, score 0.80"]
