@@ -178,9 +178,11 @@ def show_mistakes(
     image_dir: str | Path,
     *,
     columns: int = 3,
+    most: int = 1,
+    least: int = 64,
     stretch: Any = None,
 ) -> Figure:
-    """The surest mistake of each kind, with its object: see `_of_mistake`.
+    """The surest mistakes of each kind, with their object and its right box, if any.
 
     Args:
         kinds: of `mistakes.mistakes`.
@@ -188,16 +190,18 @@ def show_mistakes(
         detections: the COCO results that it was given.
         image_dir: folder of the file's scenes.
         columns: pictures in a row.
+        most: so many of each kind, first one of each, then the next.
+        least: least side of what a picture shows, in pixels of the scene.
         stretch: of scenes of more than 8 bits, see `scenes.open_scene`.
     """
-    given = kinds, ground_truth, detections, image_dir, stretch
-    pictures, titles = [], []
-    for kind in KINDS[1:]:
-        for pair in kinds[kind][:1].tolist():
-            picture, name = _of_mistake(pair, *given)
-            pictures.append(picture)
-            titles.append(f"{kind}: {name}")
-    return show(pictures, titles, columns=columns, legend=OF_MISTAKES)
+    given = kinds, ground_truth, detections, image_dir, stretch, least
+    every = [(n, kind) for n in range(most) for kind in KINDS[1:]]
+    shown = [(kind, pair) for n, kind in every for pair in kinds[kind][n : n + 1]]
+    views = [_of_mistake(pair, *given) for _, pair in shown]
+    titles = [f"{k}: {name}" for (k, _), (_, name) in zip(shown, views, strict=True)]
+    how: dict = {"columns": columns, "legend": OF_MISTAKES}
+    alt = f"mistakes close up: {', '.join(titles)}"
+    return show([view for view, _ in views], titles, **how, alt=alt)
 
 
 def show_false(
@@ -217,34 +221,34 @@ def show_false(
         class_name: of the detections.
         most: so many of them.
     """
-    given = kinds, ground_truth, detections, image_dir, stretch
+    given = kinds, ground_truth, detections, image_dir, stretch, 120
     categories = ground_truth["categories"]
     ids = {row["id"] for row in categories if row["name"] == class_name}
     rows = [
         (detections[pair[0]]["score"], kind, pair)
         for kind in KINDS[1:]
-        for pair in kinds[kind].tolist()
+        for pair in kinds[kind]
         if pair[0] >= 0 and detections[pair[0]]["category_id"] in ids
     ]
     rows = sorted(rows, key=lambda row: -row[0])[:most]
-    pictures = [_of_mistake(pair, *given, least=120)[0] for _, _, pair in rows]
+    pictures = [_of_mistake(pair, *given)[0] for _, _, pair in rows]
     titles = [f"{kind}, score {score:.2f}" for score, kind, _ in rows]
     alt = f"false boxes of {class_name}: {', '.join(titles)}"
     return show(pictures, titles, alt=alt, legend=OF_MISTAKES) if pictures else None
 
 
 def _of_mistake(
-    pair: Sequence[int],
+    pair: np.ndarray,
     kinds: Mapping[str, np.ndarray],
     ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     image_dir: str | Path,
     stretch: Any,
-    least: int = 64,
+    least: int,
 ) -> tuple[np.ndarray, str]:
-    """A mistake close up with the object concerned and the right box that this has, if
-    any; and the name of the class that was found, or missed."""
-    of_found, of_label = pair
+    """A mistake close up with its object and the right box that this has, if any; and
+    the name of the class that was found, or missed."""
+    of_found, of_label = pair.tolist()
     right = dict(kinds["correct"][:, ::-1].tolist())
     found = detections[of_found] if of_found >= 0 else None
     label = ground_truth["annotations"][of_label] if of_label >= 0 else None

@@ -202,7 +202,7 @@ def test_precision_over_recall_is_that_of_the_matching_and_marks_the_threshold()
 def test_a_mistake_of_each_kind_is_shown(tmp_path):
     coco, found = coco_of_two_cars()
     cv2.imwrite(str(tmp_path / "a.png"), np.full((100, 100, 3), 90, np.uint8))
-    figure = show_mistakes(mistakes(coco, found, 0.2), coco, found, tmp_path)
+    figure = show_mistakes(mistakes(coco, found, 0.2), coco, found, tmp_path, most=2)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["duplicate: car", "background: car", "missed: car"]
     blue = [(a.images[0].get_array() == COLORS["right"]).all(2) for a in figure.axes]
