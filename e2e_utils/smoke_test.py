@@ -33,7 +33,7 @@ def jpeg_round_trip() -> str:
     _, data = cv2.imencode(".jpg", SCENE[:300, :300])
     shape = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)).shape
     _equal("the shape of the tile", shape, (300, 300, 3))
-    return f"a 300 px tile as JPEG, {len(data) // 1024} KiB"
+    return "a tile of 300 px as JPEG, written and read"
 
 
 def tiff_round_trip() -> str:

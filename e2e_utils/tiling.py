@@ -68,8 +68,10 @@ class TilingReport:
     boxes: int = 0  # annotations read
     dropped: dict[str, int] = field(default_factory=dict)  # annotations, by reason
     in_no_tile: int = 0  # outside, or every clipped part under min_area_ratio
+    small_parts: int = 0  # clipped parts of boxes under min_area_ratio, or too thin
     tiles: int = 0  # images in the JSON
     negatives: int = 0  # of them without boxes
+    empty_tiles: int = 0  # others without boxes, left out
     annotations: int = 0  # in the JSON; a box may be in several tiles
     failed: dict[str, str] = field(default_factory=dict)  # scene: what went wrong
 
@@ -77,10 +79,12 @@ class TilingReport:
         rows = {
             "scenes": f"{self.scenes} ({self.resumed} already tiled)",
             "boxes read": self.boxes,
-            **{f"  dropped: {reason}": n for reason, n in self.dropped.items()},
-            "  in no tile": self.in_no_tile,
+            **{f"  dropped: {reason}": n for reason, n in self.dropped.items() if n},
+            "  dropped: in no tile": self.in_no_tile,
             "tiles": f"{self.tiles} ({self.negatives} without boxes)",
+            "  left out: without boxes": self.empty_tiles,
             "boxes in tiles": self.annotations,
+            "  left out: small parts of boxes": self.small_parts,
             "scenes failed": len(self.failed),
         }
         return "\n".join(f"{name:<34}{value}" for name, value in rows.items())
@@ -97,12 +101,14 @@ def _plan(
     for i, image in enumerate(coco.images):
         own = slice(cuts[i], cuts[i + 1])
         grid = tile_grid(image.height, image.width, size, overlap)
+        every_part = clip_to_tiles(xyxy[own], grid, 0.0)[0]
         parts = clip_to_tiles(xyxy[own], grid, min_area_ratio)
         wide = np.ptp(parts[2].reshape(-1, 2, 2), axis=1).min(axis=1) >= MIN_SIDE
         tile, box, clipped = (part[wide] for part in parts)
         corner = clipped[:, :2] - grid[tile, :2]
         counts = np.bincount(tile, minlength=len(grid))
         report.in_no_tile += len(xyxy[own]) - len(np.unique(box))
+        report.small_parts += len(every_part) - len(box)
         scenes.append(
             _Scene(
                 image=image,
@@ -165,6 +171,7 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
     write_coco(report.coco_json, Coco(images, annotations, coco.categories))
     report.tiles, report.annotations = len(images), len(annotations)
     report.negatives = in_tile.count(0)
+    report.empty_tiles = int(sum((~scene.keep).sum() for scene in scenes))
 
 
 def checked_size(

@@ -216,6 +216,7 @@ def test_negatives_are_left_out_kept_by_ratio_or_all_kept(small):
     total = 3 * len(tile_grid(100, 130, 50, 0.2))
     none, all_ = cut(*small), cut(*small, out="all", ignore_negative_samples=False)
     assert none.negatives == 0 and all_.tiles == total
+    assert (none.empty_tiles, all_.empty_tiles) == (total - none.tiles, 0)
     half = cut(*small, out="half", negative_ratio=0.5)
     assert half.negatives == round(0.5 * none.tiles)
     again = cut(*small, out="again", negative_ratio=0.5)
@@ -257,7 +258,9 @@ def test_a_crowd_stays_one_and_parts_that_no_detector_can_take_are_dropped(tmp_p
     coco["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(coco))
     options = {"slice_size": 40, "overlap_ratio": 0, "min_area_ratio": 0}
-    rows = ours(cut(tmp_path, path, **options))["annotations"]
+    report = cut(tmp_path, path, **options)
+    rows = ours(report)["annotations"]
+    assert report.small_parts == 1
     assert [(row["iscrowd"], row["bbox"]) for row in rows] == [
         (1, [2, 2, 10, 10]),
         (0, [0, 20, 10, 10]),
