@@ -99,7 +99,6 @@ def lines(
     xlabel: str,
     ylabel: str,
     *,
-    styles: Mapping[str, str] | None = None,
     ends: Mapping[str, str] | None = None,
     **axis_options: object,
 ) -> Figure:
@@ -108,13 +107,12 @@ def lines(
     Args:
         curves: {name: (values of x, values of y)}; None breaks a curve.
         xlabel, ylabel: of the axes.
-        styles: {name: matplotlib's format of that curve, such as "." or "--"}.
         ends: {name: a matplotlib marker for the last point of that curve}.
         axis_options: of matplotlib's `Axes.set`, such as ylim or xscale.
     """
     figure, (axis,) = axes(7.5, 2.8)
     for name, (x, y) in curves.items():
-        (line,) = axis.plot(x, y, (styles or {}).get(name, "-"), label=name)
+        (line,) = axis.plot(x, y, label=name)
         if ends and name in ends:
             axis.plot(x[-1:], y[-1:], ends[name], color=line.get_color())
     axis.set(xlabel=xlabel, ylabel=ylabel, **axis_options)

@@ -287,7 +287,7 @@ class Report:
             f"{self.scenes} scene(s): {self.done} done, {len(self.failed)} failed, "
             f"{self.skipped} were there already",
             f"{self.pixels / 1e6:.1f} million pixels in {self.seconds:.1f} s, "
-            f"{self.pixels / 1e6 / max(self.seconds, 1e-9):.2f} a second",
+            f"{self.pixels / 1e6 / max(self.seconds, 1e-9):.2f} million a second",
             f"{len(self.actors)} actor(s), {busy:.1f} s of work, {each:.2f} a scene",
             *(f"failed: {name}: {reason}" for name, reason in self.failed.items()),
         ]

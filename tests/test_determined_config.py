@@ -10,6 +10,7 @@ import json
 import math
 import posixpath
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path, PurePosixPath
@@ -24,12 +25,14 @@ from referencing.jsonschema import DRAFT7
 from e2e_utils.experiment import (
     HYPERPARAMETERS,
     check_hparams,
+    fetch_tiles,
     load_config,
     train_config,
 )
 from e2e_utils.models import MODELS, model_settings
 
-FILES = Path(__file__).parents[1] / "determined_files"
+ROOT = Path(__file__).parents[1]
+FILES = ROOT / "determined_files"
 YAMLS = sorted(FILES.glob("*.yaml"))
 SCHEMAS = Path(__file__).parents[2] / "shared" / "schemas" / "determined-expconf"
 EXPERIMENT = "http://determined.ai/schemas/expconf/v0/experiment.json"
@@ -282,6 +285,45 @@ def test_every_hyperparameter_is_told_in_the_module():
     own = [k for k in HYPERPARAMETERS if "batch" in k or k in ("backend", "data_dir")]
     for name in own:
         assert f"    {name} " in text
+
+
+# ---- the command of notebook 4
+
+
+@pytest.mark.parametrize("tiles", ["s3://b/tiles", "gs://b/tiles", "/data/tiles"])
+def test_command_of_notebook_4_submits_what_a_trial_accepts(tiles, monkeypatch, capsys):
+    """Run as its cell is, and read by Determined's own command line."""
+    det, ntsc = map(pytest.importorskip, ("determined.cli.cli", "determined.cli.ntsc"))
+    notebook = json.loads((ROOT / "notebooks/04_cluster_training.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+    (given,) = (text for text in cells if text.startswith("run_dir ="))
+    (submit,) = (text for text in cells if '"determined.cli"' in text)
+    names = {"files": FILES, "Path": Path, "shlex": shlex, "sys": sys}
+    exec(given, names)
+    exec(submit, names | {"agents_tiles": tiles})
+    program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.chdir(ROOT)
+    parser = det.make_parser()
+    det.cli.add_args(parser, det.all_args_description)
+    told = parser.parse_args(words)
+    with told.config_file as file:
+        experiment = yaml.safe_load(file)
+    experiment = ntsc.parse_config_overrides(experiment, told.config)
+
+    assert program == "det" and Path(told.model_def).is_dir()
+    assert all(path.is_dir() for path in map(Path, told.include))
+    assert (experiment["workspace"], experiment["project"]) == (
+        names["workspace"],
+        names["project"],
+    )
+    hparams, slots = experiment["hyperparameters"], experiment["resources"]
+    train_config(hparams, slots["slots_per_trial"])
+    fetched = []
+    monkeypatch.setattr("e2e_utils.storage.sync", lambda *where: fetched.append(where))
+    folder = fetch_tiles(hparams)
+    assert fetched == ([(tiles, folder)] if "://" in tiles else [])
+    mounts = [mount["container_path"] for mount in experiment["bind_mounts"]]
+    assert any(Path(folder).is_relative_to(mount) for mount in mounts)
 
 
 # ---- the startup hook

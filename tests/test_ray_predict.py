@@ -133,6 +133,7 @@ def test_an_archive_has_the_boxes_of_each_scene_alone_bit_by_bit(
     written = json.loads((output / "report.json").read_text())
     assert written["boxes"] == counts and written["actor_seconds"] > 0
     assert f"{counts.total()} boxes in 4 scene(s)" in str(report)
+    assert re.search(r"1\.9 million pixels in \S+ s, \S+ million a second", str(report))
     again = run(archive, output)
     assert (again.done, again.skipped) == (0, 4)
     with pytest.raises(ValueError, match="score_threshold 0.1, 0.5 is asked: give ano"):
