@@ -257,7 +257,7 @@ def _of_mistake(
     files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
     names = {row["id"]: row["name"] for row in ground_truth["categories"]}
     pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
-    boxes = map(_corners, (label, found, better))
+    boxes = _corners(label), _corners(found), _corners(better)
     return close_up(pixels, *boxes, least=least), names[either["category_id"]]
 
 
