@@ -110,7 +110,7 @@ def show_matches(
         images: one or more uint8 (H, W, 3) pictures, RGB.
         truth, found: of each picture, see `draw_matches`.
         class_names: name of each label, the background first. With them the legend
-            names the classes that are false or missed most often, three at most.
+            names the classes that are false or missed, most often first, three at most.
         titles: one for each picture, before its counts.
         columns, width, alt: see `visualize.show`.
         options: score_threshold, iou_threshold, window, scale of `draw_matches`.
@@ -136,9 +136,11 @@ def show_matches(
         most = total[kind].most_common(3) if class_names and kind != "right" else []
         one = len(pictures) == 1  # of several the counts stand in the titles
         names = ", ".join(
-            f"{class_names[i]} {n}" if one else class_names[i] for i, n in most
+            f"{n} {class_names[i]}" if one else class_names[i] for i, n in most
         )
-        legend[f"{word} (mostly {names})" if names else word] = COLORS[kind]
+        if len(total[kind]) > len(most) > 0:
+            names = f"mostly {names}"
+        legend[f"{word} ({names})" if names else word] = COLORS[kind]
     how: dict = {"columns": columns, "width": width, "legend": legend, "alt": alt}
     figure = show(pictures, heads, **how)
     return figure, {kind: sum(counts.values()) for kind, counts in total.items()}

@@ -124,7 +124,11 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     assert titles == [f"{name}: 0 right, 1 false, 3 missed" for name in "ab"]
     figure, _ = show_matches(image, TRUTH, FOUND, NAMES)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[1:] == ["false (mostly class 3 1)", "missed (mostly class 1 1)"]
+    assert texts[1:] == ["false (1 class 3)", "missed (1 class 1)"]
+    rows = {"boxes": [[0, 0, 9, 9]] * 5, "labels": [1, 1, 2, 3, 4], "scores": [0.9] * 5}
+    legend = show_matches(image, nothing, rows, list("_abcd"))[0].legends[0]
+    many = legend.get_texts()[1].get_text()
+    assert many == "false (mostly 2 a, 1 b, 1 c)", "three of the four classes"
     figures = [show_found(image, truth, FOUND, NAMES) for truth in (TRUTH, None)]
     words = [[t.get_text() for t in f.legends[0].get_texts()] for f in figures]
     assert words == [texts, ["class 1", "class 2", "class 3"]], "labels there or not"
