@@ -91,4 +91,7 @@ def show_shared(
             draw_boxes(image[y1:y2, x1:x2], box[None], [label], class_names)
         )
         titles.append(f"{class_names[label]}, {shares[index]:.0%} of it")
-    return show(pictures, titles, legend={class_names[label]: class_color(label)})
+    legend = {class_names[label]: class_color(label)}
+    if len(pictures) == 4:  # around a corner, as they lie
+        return show(pictures, titles, columns=2, width=6, legend=legend)
+    return show(pictures, titles, legend=legend)
