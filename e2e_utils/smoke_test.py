@@ -2,8 +2,8 @@
 
     python -m e2e_utils.smoke_test
 
-Copy: this file, programs.py, models.py, backbones.py, efficientnet_lite.py and
-autocast.py.
+Copy: this file, programs.py, hardware.py, models.py, backbones.py,
+efficientnet_lite.py and autocast.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .hardware import find_device
 from .models import build_model
 from .programs import run_program
 
@@ -60,13 +61,15 @@ def slices() -> str:
 
 
 def suppress() -> str:
-    """torchvision's compiled NMS: of three boxes two overlap."""
+    """torchvision's compiled NMS, on the GPU if there is one: of three two overlap."""
     from torchvision.ops import nms
 
+    device = find_device(None)
     boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 11, 11], [50, 50, 60, 60]]).float()
-    kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    kept = nms(boxes.to(device), scores.to(device), 0.5).tolist()
     _equal("the boxes that NMS keeps", kept, [0, 2])
-    return "NMS keeps 2 of 3 boxes"
+    return f"NMS keeps 2 of 3 boxes, on {device}"
 
 
 def average_precision() -> str:
