@@ -652,8 +652,10 @@ def test_the_image_and_the_manifests_listen_on_every_address_of_the_pod():
     assert program == ["python", "-m", "kserve_utils.predictor"]
     assert parse([host]).host == "0.0.0.0"
     folder = ROOT / "k8s_files"
-    runtime, cpu = yaml.safe_load_all((folder / "xview-predictor.yaml").read_text())
-    gpu = yaml.safe_load((folder / "xview-predictor-gpu.yaml").read_text())
+    runtime, cpu, gpu = (
+        yaml.safe_load((folder / f"xview-{name}.yaml").read_text())
+        for name in ("runtime", "predictor", "predictor-gpu")
+    )
     (one,) = runtime["spec"]["containers"]
     for service in (cpu, gpu):  # KServe appends their arguments to the runtime's
         added = service["spec"]["predictor"]["model"].get("args", [])
