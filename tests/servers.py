@@ -300,12 +300,15 @@ class Double(torch.nn.Module):
         return [{**one, "scores": torch.ones(1)} for _ in images]
 
 
-def double_model(action=lambda: None, stretch=None, **limits) -> DetectorModel:
+def double_model(
+    action=lambda: None, stretch=None, nms_threshold=0.5, **limits
+) -> DetectorModel:
     """A predictor's model, ready, with a test double of a detector."""
     meta = {"tile_size": 300, "overlap": 0.2, "max_pixels": 1 << 24}
     meta |= {"score_threshold": 0.0, "class_names": ["background", "car"]}
     meta["stretch"] = stretch
-    model = DetectorModel(Double(action), meta, MODEL, Limits(**limits))
+    how = {"nms_threshold": nms_threshold}
+    model = DetectorModel(Double(action), meta, MODEL, Limits(**limits), **how)
     model.ready = True
     return model
 

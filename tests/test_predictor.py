@@ -53,6 +53,7 @@ from serving import NAMES, ROOT, decode, jpeg
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.georeference import read_georeference, to_geojson
 from e2e_utils.predict import predict_image, predict_scene
+from kserve_utils import engines
 from kserve_utils.client import RemoteError, predict_grpc, predict_remote
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
@@ -209,6 +210,32 @@ def test_a_scene_gives_the_boxes_of_predict_scene_in_every_form(
     # more than tiles: a scene without the parameter is one large picture
     whole = boxes_v2(ask_v2(predicted, content).json())
     assert len(whole["scores"]) < len(local["scores"])
+
+
+def test_a_scene_is_merged_by_the_threshold_of_the_server():
+    boxes = torch.tensor([[10.0, 10, 110, 110], [10, 48, 110, 148]])  # IoU 0.45
+    two = {"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64)}
+    two["scores"] = torch.tensor([0.9, 0.8])
+    body = {**instance(TILE), "parameters": {"scene": True}}
+    for threshold, count in ((0.5, 2), (0.4, 1)):
+        model = double_model(nms_threshold=threshold)
+        model.detector.register_forward_hook(lambda *of: [two for _ in of[1][0]])
+        how = {"nms_threshold": threshold, "class_names": ["background", "car"]}
+        local = predict_scene(model.detector, decode(TILE), 300, 0.2, **how)
+        answer = in_process(model, lambda client: client.post(URL, json=body)).json()
+        found = [row["car"] for row in answer["predictions"][0]]
+        assert found == local["boxes_xyxy"].tolist() and len(found) == count
+
+
+@pytest.mark.parametrize("value", ["0", "1.1", "nan"])
+def test_a_threshold_that_is_none_is_one_line_and_no_server(value, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets both
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    loaded = torch.nn.Identity(), {"model_name": MODEL}
+    monkeypatch.setattr(engines, "load_engine", lambda *a, **k: loaded)
+    monkeypatch.setattr(sys, "argv", ["predictor", "--nms_threshold", value])
+    with pytest.raises(SystemExit, match=f"predictor: nms_threshold is {value}"):
+        main()
 
 
 @pytest.mark.slow
@@ -625,8 +652,10 @@ def test_the_image_and_the_manifests_listen_on_every_address_of_the_pod():
     assert program == ["python", "-m", "kserve_utils.predictor"]
     assert parse([host]).host == "0.0.0.0"
     folder = ROOT / "k8s_files"
-    runtime, cpu = yaml.safe_load_all((folder / "xview-predictor.yaml").read_text())
-    gpu = yaml.safe_load((folder / "xview-predictor-gpu.yaml").read_text())
+    runtime, cpu, gpu = (
+        yaml.safe_load((folder / f"xview-{name}.yaml").read_text())
+        for name in ("runtime", "predictor", "predictor-gpu")
+    )
     (one,) = runtime["spec"]["containers"]
     for service in (cpu, gpu):  # KServe appends their arguments to the runtime's
         added = service["spec"]["predictor"]["model"].get("args", [])

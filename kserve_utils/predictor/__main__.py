@@ -57,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_scene_mb", type=int, default=2048, help="scene by V2's binary form")
     add("--max_scene_pixels", type=int, default=100_000_000, help="if decoded whole")
     add("--max_scenes", type=int, default=2, help="scenes that wait or run")
+    add("--nms_threshold", type=float, default=0.5, help="IoU that merges in a scene")
     add("--drain_delay", type=float, default=3.0, help="s, not ready but serving")
     add("--grace_period", type=int, default=30, help="s, for requests in flight")
     return parser.parse_args(arguments)
@@ -93,7 +94,8 @@ def main() -> None:
             at_once=args.at_once,
         )
         name = args.model_name or meta["model_name"]
-        model = DetectorModel(detector, meta, name, limits, args.at_once)
+        how = (args.at_once, args.nms_threshold)
+        model = DetectorModel(detector, meta, name, limits, *how)
         model.load()
         server = Server(model, args)  # from here on there is a log
         used = (args.engine, args.precision, meta["device"])

@@ -78,6 +78,11 @@ class DetectorModel(Model):
         at_once: forward passes at the same time. On as many cores, several of one
             thread each give more pictures a second than one of several threads, and
             make a single caller wait longer.
+        nms_threshold: above 0, at most 1; of two boxes of one class in a scene whose
+            IoU is above, the better stays, see `predict_scene`.
+
+    Raises:
+        ValueError: nms_threshold is out of its range.
     """
 
     def __init__(
@@ -87,8 +92,12 @@ class DetectorModel(Model):
         name: str,
         limits: Limits,
         at_once: int = 1,
+        nms_threshold: float = 0.5,
     ) -> None:
         super().__init__(name)
+        if not 0 < nms_threshold <= 1:
+            raise ValueError(f"nms_threshold is {nms_threshold}: above 0, at most 1")
+        self.nms_threshold = nms_threshold
         self.detector, self.meta = detector.eval(), meta
         self.stretch = meta.get("stretch")
         self.admission, self.draining = Admission(limits), False
@@ -205,6 +214,7 @@ class DetectorModel(Model):
                 self.meta["tile_size"],
                 self.meta["overlap"],
                 score_threshold=threshold,
+                nms_threshold=self.nms_threshold,
                 class_names=self.meta["class_names"],
                 stretch=self.stretch,
             )
