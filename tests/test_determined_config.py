@@ -22,6 +22,7 @@ from jsonschema import Draft7Validator, ValidationError, validators
 from referencing import Registry
 from referencing.jsonschema import DRAFT7
 
+from e2e_utils.config import RECIPES
 from e2e_utils.experiment import (
     HYPERPARAMETERS,
     check_hparams,
@@ -223,6 +224,7 @@ def test_the_distributed_schedule_is_that_of_the_original_recipe():
     assert settings.lr_milestones == [14 * 1288, 15 * 1288]
     assert round(settings.warmup * settings.steps) == 200
     assert (settings.lr, settings.momentum) == (0.01, 0.9)
+    assert settings.settings == RECIPES["xview"]["settings"]
 
 
 def test_hyperparameters_become_the_configuration_of_each_process():

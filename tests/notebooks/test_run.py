@@ -85,7 +85,7 @@ def test_its_scene_agrees_with_sahi_and_has_about_as_many_boxes_as_labels(run):
 
 
 def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
-    results = results_of(run, "determined")
+    results = results_of(run, "cluster/determined")
     assert results["largest_loss_difference"] == 0
     assert results["largest_loss_difference_ray"] == 0
     assert results["converted_weights_equal"]
@@ -93,7 +93,7 @@ def test_determined_and_ray_trained_with_the_losses_of_the_plain_loop(run):
 
 
 def test_fine_tuning_helped_in_the_other_city(run):
-    results = results_of(run, "determined")
+    results = results_of(run, "cluster/determined")
     assert results["mAP_50"] > results["mAP_50_before"] + 0.01
 
 
