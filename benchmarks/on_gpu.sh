@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a GPU makes of the road, by one command (four minutes on an H100):
+# What a GPU makes of the road, by one command; four minutes on an H100.
 #
-#   benchmarks/on_gpu.sh                  # results in runs/on_gpu
-#   WHEELS=wheels benchmarks/on_gpu.sh    # a folder of wheels with what is missing
+#     benchmarks/on_gpu.sh                  # results in runs/on_gpu
+#     WHEELS=wheels benchmarks/on_gpu.sh    # a folder of wheels with what is missing
 #
 # For a machine with one GPU, Python 3.10 or newer, torch 2.11 or newer with its
 # torchvision, and no network: it trains in float32, bfloat16 and float16 and compares

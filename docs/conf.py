@@ -1,8 +1,8 @@
 """Sphinx's settings for the site: `make site` writes it to runs/site, offline.
 
 The pages are files of this repository, which `pages.py` arranges. SITE_REPOSITORY, such
-as https://github.com/OWNER/NAME, adds links to edit a page and to open a notebook
-elsewhere; without it there are none.
+as https://github.com/OWNER/NAME, adds links to clone it, to edit a page and to open a
+notebook elsewhere; without it there are none.
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ REPOSITORY = os.environ.get("SITE_REPOSITORY", "").rstrip("/")
 
 project = "Object detection on satellite imagery"
 html_title = project
+smartquotes = False  # would make a dash of the two hyphens of --quick
 # myst-nb shows the outputs that the notebooks were committed with; the other common
 # tool, nbconvert, makes pages but no search, contents or API reference.
 extensions = [
@@ -34,6 +36,10 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 myst_heading_anchors = 4
+myst_html_meta = {
+    "description": "Notebooks that take satellite or aerial pictures from labels and "
+    "tiles through training and scores to a detector that is served on KServe"
+}
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
@@ -52,7 +58,10 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_theme_options = {"top_of_page_buttons": ["edit"]}
 templates_path = ["templates"]
+exclude_patterns = [FOLDER]  # of pages; its files are copied
 html_static_path = ["site.css"]
+html_favicon = "favicon.svg"
+html_search_scorer = str(ROOT / "docs" / "scorer.js")
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
@@ -62,6 +71,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # an indented paragraph below one that is not
 BLOCK = re.compile(r"(^\S.*\n\n)((?:^(?: {4}.*)?\n)*^ {4}.*$)", re.M)
 STAR = re.compile(r"(`[^`]*`)|\*")
+TITLE, JOINT = re.compile(r"<h1>[\w./]+"), re.compile(r"[./_]")
 
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
@@ -76,12 +86,31 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(pieces).splitlines()
 
 
+def defaults(app, what, name, obj, options, signature, result):
+    """A dataclass's `<factory>` is no Python: Sphinx could not read the types."""
+    return (signature or "").replace("<factory>", "...") or None, result
+
+
+def dashes_and_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """A dash behind a parameter; Sphinx links a picture of a scale to its own file."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ", 1)))
+    for picture in doctree.findall(nodes.image):
+        picture["scale"] = 100
+
+
 def setup(app: Sphinx) -> None:
-    sources = arrange(ROOT, Path(app.srcdir))
+    sources = arrange(ROOT, Path(app.srcdir), REPOSITORY)
     app.config.html_extra_path = [str(Path(app.srcdir) / FOLDER)]
 
     def page_links(app, page, template, context, doctree) -> None:
         context["page_links"] = links_of(sources.get(page), REPOSITORY)
+        # a phone breaks the name of a module at its dots
+        body = context.get("body", "")
+        context["body"] = TITLE.sub(lambda m: JOINT.sub(r"\g<0><wbr>", m[0]), body, 1)
 
     app.connect("html-page-context", page_links)
     app.connect("autodoc-process-docstring", plain_text, priority=400)
+    app.connect("autodoc-process-signature", defaults)
+    app.connect("doctree-read", dashes_and_pictures)

@@ -16,14 +16,30 @@ from pathlib import Path
 PACKAGES = ("e2e_utils", "kserve_utils")
 PICTURES = {".jpg", ".jpeg", ".png", ".svg", ".gif", ".webp"}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json"}
-FOLDER = "_pictures"  # of what HTML inside a page shows; Sphinx copies it as it is
+FOLDER = "_pictures"  # of what Sphinx copies as it is: pictures in HTML, the notebooks
+# Titles in the sidebar, where a page's own is too long to find it by.
+ANSWERS = {
+    "FAQ.md": "FAQ",
+    "benchmarks/README.md": "Benchmark results",
+    "kserve_utils/FAULTS.md": "Server errors",
+}
+# Of the floors that CONTRIBUTING.md lists, in their order.
+STAGES = (
+    "Files, boxes and pictures",
+    "Scenes and labels",
+    "Conversion and tiles",
+    "Data and models",
+    "Prediction, scores and figures",
+    "Training",
+)
 
 # [text](target), [name]: target, and src="target" of HTML
 LINK = re.compile(
     r"""(\]\(|^\[[^\]\n]+\]: |\b(?:src|srcset|href)=["'])([^)\s"'#]+)""", re.M
 )
 ANCHOR = re.compile(r"(\]\((?!\w+:)[^)\s#]*#)([^)\s]+)")  # [text](page#Heading)
-BADGE = re.compile(r"^\[!\[.*\n", re.M)  # a picture that another host draws
+# what the site leaves out: a picture that another host draws, how to make the site
+ELSEWHERE = re.compile(r"^(\[!\[|\| read all of it as web pages).*\n", re.M)
 
 
 class DeadLink(ValueError):
@@ -37,7 +53,7 @@ class Site:
         self.root = root
         self.page_of: dict[str, str] = {}  # file of the repository -> page
         self.text: dict[str, str] = {}  # page -> its source
-        self.pictures: set[str] = set()
+        self.copied: set[str] = set()
 
     def add(self, file: str, page: str, text: str = "") -> str:
         self.page_of[file], self.text[page] = page, text
@@ -54,7 +70,7 @@ class Site:
         if path.startswith("..") or not file.exists():
             raise DeadLink(f"{reason}, which is not there")
         if file.suffix.lower() in PICTURES:
-            self.pictures.add(path)
+            self.copied.add(path)
             return path
         page = self.add(path, f"files/{path}.md")
         if file.is_dir():
@@ -79,7 +95,7 @@ class Site:
                 return match[0]
             path = os.path.normpath(os.path.join(os.path.dirname(file), target))
             page = self.find(path, f"{file} links to {target}")
-            if page in self.pictures and before == "](":
+            if page in self.copied and before == "](":
                 return f"{before}/{FOLDER}/{page}"
             if before[-1] in "\"'":  # HTML, which Sphinx leaves as it is
                 page = re.sub(r"\.(md|rst|ipynb)$", ".html", page)
@@ -90,7 +106,7 @@ class Site:
     def write(self, folder: Path) -> None:
         """Make a folder hold these pages and no others; equal files stay untouched."""
         wanted = {folder / page: text.encode() for page, text in self.text.items()}
-        for name in self.pictures:
+        for name in self.copied:
             wanted[folder / FOLDER / name] = (self.root / name).read_bytes()
         for path in [p for p in folder.rglob("*") if p.is_file() and p not in wanted]:
             path.unlink()
@@ -126,17 +142,38 @@ def quoted(text: str, suffix: str) -> str:
     return f"`````{LANGUAGES.get(suffix, 'text')}\n{text.rstrip()}\n`````\n"
 
 
-def opening(text: str, suffix: str) -> str:
-    """A module's docstring, or the comment at the top of a shell script."""
+def opening(text: str, suffix: str) -> tuple[str, str]:
+    """A module's docstring, or a shell script's first comment; and what is below it."""
+    lines = text.splitlines()
     if suffix == ".py":
-        return ast.get_docstring(ast.parse(text)) or ""
-    lines = text.split("\n\n")[0].splitlines()
-    return "\n".join(n[2:] for n in lines if n == "#" or n.startswith("# "))
+        tree = ast.parse(text)
+        told = ast.get_docstring(tree) or ""
+        end = (tree.body[0].end_lineno or 0) if told else 0
+    else:
+        end = next((n for n, one in enumerate(lines) if one[:1] != "#"), len(lines))
+        told = "\n".join(one[2:] for one in lines[1:end])  # the first names the shell
+    return told, "\n".join(lines[end:]).strip()
+
+
+def stages(root: Path) -> dict[str, str]:
+    """Module -> its stage, in the order of the floors of CONTRIBUTING.md, if any."""
+    path = root / "CONTRIBUTING.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    floors = re.findall(r"^\d\. (.*(?:\n   .*)*)", text, re.M)
+    return {
+        file: stage
+        for stage, floor in zip(STAGES, floors, strict=bool(floors))
+        for file in re.findall(r"`(\w+/\w+\.py)`", floor)
+    }
 
 
 def toctree(pages: list[str], caption: str = "") -> str:
     head = f":caption: {caption}\n" if caption else ""
-    names = "\n".join(f"/{os.path.splitext(page)[0]}" for page in pages)
+    paths = {page: f"/{os.path.splitext(page)[0]}" for page in pages}
+    names = "\n".join(
+        f"{ANSWERS[page]} <{path}>" if page in ANSWERS else path
+        for page, path in paths.items()
+    )
     return f"\n```{{toctree}}\n:hidden:\n{head}\n{names}\n```\n"
 
 
@@ -144,18 +181,26 @@ def add_modules(site: Site) -> str:
     """A page for each public module of PACKAGES; the page that lists them."""
     index = site.add("e2e_utils", "api/index.md")
     rows, pages = "", []
+    stage_of = stages(site.root)
+    order = list(stage_of)
     for package in PACKAGES:
         site.page_of[package] = index
         rows += f"\n## {package}\n\n"
-        for path in sorted((site.root / package).rglob("[!_]*.py")):
-            file = path.relative_to(site.root).as_posix()
+        stage = ""
+        paths = sorted((site.root / package).rglob("[!_]*.py"))
+        files = [path.relative_to(site.root).as_posix() for path in paths]
+        known = [file for file in order if file in files]
+        for file in known + [file for file in files if file not in stage_of]:
+            if stage != stage_of.get(file, ""):
+                stage = stage_of.get(file, "Others")
+                rows += f"\n### {stage}\n\n"
             name = file.removesuffix(".py").replace("/", ".")
             if not name.replace(".", "").isidentifier():  # a script, not to be imported
                 continue
             title = f"{name}\n{'=' * len(name)}\n\n"
             page = site.add(file, f"api/{name}.rst", f"{title}.. automodule:: {name}\n")
             pages.append(page)
-            first = opening(site.read(file), ".py").partition("\n")[0]
+            first = opening(site.read(file), ".py")[0].partition("\n")[0]
             rows += f"- {link(index, name, page)}: {first}\n"
     about = "Every function and class that is meant to be called, from its docstring.\n"
     site.text[index] = f"# The helpers\n\n{about}{rows}{toctree(pages)}"
@@ -164,26 +209,33 @@ def add_modules(site: Site) -> str:
 
 def add_benchmarks(site: Site) -> str:
     """A page for each benchmark: what it says of itself, and its code."""
+    results = "benchmarks/README.md"
     index = site.add("benchmarks", "benchmarks/index.md")
     rows, pages = "", []
     for path in sorted((site.root / "benchmarks").glob("*.[ps][yh]")):
         file = path.relative_to(site.root).as_posix()
         text = site.read(file)
-        first, _, rest = opening(text, path.suffix).partition("\n")
+        told, code = opening(text, path.suffix)
+        first, _, rest = told.partition("\n")
         page = site.add(file, f"benchmarks/{path.stem}.md")
-        head = f"# {file}\n\n{first}\n{rest}\n\n## The script\n\n"
-        site.text[page] = head + quoted(text, path.suffix)
+        measured = f"{link(page, 'What it measured', results)}, and on which machine.\n"
+        head = f"# {file}\n\n{first}\n{rest}\n\n{measured}\n## The script\n\n"
+        site.text[page] = head + quoted(code, path.suffix)
         pages.append(page)
         rows += f"- {link(index, path.name, page)}: {first}\n"
     about = (
-        "Each measures a peer and this repository in one run: `make bench` runs all.\n"
+        "Each measures a peer and this repository in one run: `make bench` runs all. "
+        f"The figures are in the {link(index, 'results', results)}.\n"
     )
     site.text[index] = f"# The benchmarks\n\n{about}\n{rows}{toctree(pages)}"
     return index
 
 
-def arrange(root: Path, folder: Path) -> dict[str, str]:
+def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
     """Write the sources of all pages into a folder, which is the site's alone.
+
+    Args:
+        repository: its URL, if it has one, for the first page to link to.
 
     Returns:
         The file of the repository that each page, without its ending, comes from.
@@ -200,7 +252,11 @@ def arrange(root: Path, folder: Path) -> dict[str, str]:
     site.page_of["notebooks"] = "index.md"
     reference = [add_modules(site), add_benchmarks(site)]
     for file in files:
-        text = BADGE.sub("", site.read(file))
+        text = ELSEWHERE.sub("", site.read(file))
+        if repository and file == "README.md":
+            text = text.replace(
+                "Clone the repository", f"Clone [the repository]({repository})"
+            )
         site.text[site.page_of[file]] = site.linked(file, text)
     for file in notebooks:
         notebook = json.loads(site.read(file))
@@ -210,11 +266,13 @@ def arrange(root: Path, folder: Path) -> dict[str, str]:
             elif told := alternative(cell):
                 cell["metadata"]["mystnb"] = {"image": {"alt": told}}
         site.text[file] = json.dumps(notebook)
-    files.remove("README.md")
+    site.copied.update(notebooks)
+    project = [file for file in files if file not in {"README.md", *ANSWERS}]
     site.text["index.md"] += (
         toctree(notebooks, "Notebooks")
+        + toctree([file for file in ANSWERS if file in files], "Answers")
         + toctree(reference, "Reference")
-        + toctree(files, "Project")
+        + toctree(project, "Project")
     )
     site.write(folder)
     files = [file for file in site.page_of if (root / file).is_file()]
@@ -222,10 +280,16 @@ def arrange(root: Path, folder: Path) -> dict[str, str]:
 
 
 def links_of(file: str | None, repository: str) -> dict[str, str]:
-    """Where a page is edited or opened: text -> URL; empty without a repository."""
-    if not repository or not file:
+    """Where a page is edited, opened or downloaded: text -> URL.
+
+    A notebook lies beside its page; the other links need a repository.
+    """
+    if not file:
         return {}
-    links = {"Edit": f"{repository}/edit/main/{file}"}
+    links = {"Download": Path(file).name} if file.endswith(".ipynb") else {}
+    if not repository:
+        return links
+    links["Edit"] = f"{repository}/edit/main/{file}"
     host, _, name = repository.partition("github.com/")
     if host and name and file.endswith(".ipynb"):
         colab, binder = (

@@ -81,6 +81,9 @@ def test_every_page_from_the_first_to_the_last_fits_a_phone(site, page):  # noqa
         missing = "[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"
         assert page.evaluate(missing) == [], seen[-1]
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, seen[-1]
+        wider = "t => t.offsetWidth > t.parentElement.clientWidth"
+        tables = f"[...document.querySelectorAll('.table-wrapper')].filter({wider})"
+        assert page.evaluate(f"{tables}.length") == 0, seen[-1]
         following = page.locator("a.next-page")
         if not following.count():
             break
@@ -101,7 +104,36 @@ def test_a_word_is_found_by_the_search(site, page):  # noqa: F811
     results = page.locator("ul.search li a")
     results.first.wait_for()
     assert "1. Install, and know what you have" in results.all_inner_texts()
+    page.wait_for_load_state("networkidle")  # it fetches what it quotes
+    page.goto(f"{site}/search.html?q=16+bits")
+    results.first.wait_for()
+    assert "FAQ.html#my-scenes-have-16-bits" in results.first.get_attribute("href")
     assert page.complaints == []
+
+
+def test_contents_stand_in_the_text_or_beside_it(site, page):  # noqa: F811
+    listed = page.locator("article a[href='#get-the-data']").first
+    for width, shown in ((1280, True), (1440, False)):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(f"{site}/notebooks/02_data_prep.html")
+        assert listed.is_visible() == shown
+        assert page.locator("#get-the-data").is_visible()
+
+
+def test_flags_types_and_names_are_shown_as_they_are_written(folder):
+    for file in folder.rglob("*.html"):
+        found = re.search(r"–\w|&lt;factory|list\[~", file.read_text())
+        assert not found, f"{file.name}: {found[0]}"
+    text = (folder / "api" / "e2e_utils.tiling.html").read_text()
+    assert "<h1>e2e_<wbr>utils.<wbr>tiling<" in text  # where a phone may break it
+    assert "</strong> – " in text
+
+
+def test_the_first_page_has_an_icon_a_description_and_pictures_to_enlarge(folder):
+    text = (folder / "index.html").read_text()
+    assert re.search(r'<link rel="[^"]*icon" href="_static/favicon.svg[^"]*"', text)
+    assert re.search(r'<meta content="Notebooks that [^"]+" name="description"', text)
+    assert re.search(r'<a [^>]*href="_images/scene.jpg"><img', text)
 
 
 def test_a_page_turns_dark_stays_so_and_code_is_copied(site, page):  # noqa: F811
@@ -113,6 +145,8 @@ def test_a_page_turns_dark_stays_so_and_code_is_copied(site, page):  # noqa: F81
     assert min(page.evaluate(colour)) > 200
     page.locator(".theme-toggle-content button").click()
     assert max(page.evaluate(colour)) < 60
+    underlined = "getComputedStyle(document.querySelector('.nn')).textDecorationLine"
+    assert page.evaluate(underlined) == "none"  # it is no link
     page.goto(f"{site}/index.html")
     assert max(page.evaluate(colour)) < 60
     page.locator("button.copybtn").first.click()
@@ -123,15 +157,33 @@ def test_a_page_turns_dark_stays_so_and_code_is_copied(site, page):  # noqa: F81
 def test_pages_are_edited_and_opened_where_the_repository_is_named(folder):
     head = (folder / "notebooks" / "02_data_prep.html").read_text()
     links = dict(
-        re.findall(r'<a class="page-link[^"]*" href="([^"]+)">(\w+)</a>', head)
+        re.findall(r'<a class="page-link[^"]*" href="([^"]+)"[^>]*>(\w+)</a>', head)
     )
-    assert sorted(links.values()) == ["Binder", "Colab", "Edit"]
+    assert sorted(links.values()) == ["Binder", "Colab", "Download", "Edit"]
+    assert links.pop("02_data_prep.ipynb") == "Download"
     for url in links:
         assert "OWNER/NAME" in url and url.endswith("notebooks/02_data_prep.ipynb")
     first = (folder / "index.html").read_text()
     assert f'href="{REPOSITORY}/edit/main/README.md"' in first
+    assert f'href="{REPOSITORY}">the repository</a>' in first
     assert links_of("README.md", "") == links_of(None, REPOSITORY) == {}
-    assert list(links_of("a/b.ipynb", "https://example.com/x")) == ["Edit"]
+    assert links_of("a/b.ipynb", "") == {"Download": "b.ipynb"}
+    assert list(links_of("a/b.ipynb", "https://x.org/x")) == ["Download", "Edit"]
+    copy = (folder / "notebooks" / "02_data_prep.ipynb").read_bytes()
+    assert copy == (ROOT / "notebooks" / "02_data_prep.ipynb").read_bytes()
+
+
+def test_indices_tell_of_every_module_and_benchmark_in_one_sentence(tmp_path):
+    arrange(ROOT, tmp_path)
+    api, benchmarks = (
+        (tmp_path / name / "index.md").read_text() for name in ("api", "benchmarks")
+    )
+    rows = re.findall(r"^- \[.*", api + benchmarks, re.M)
+    assert len(rows) > 60 and [row for row in rows if row[-1] != "."] == []
+    assert api.count("\n### ") == 6  # a stage each, and none without
+    gpu = (tmp_path / "benchmarks" / "on_gpu.md").read_text()
+    assert gpu.count("What a GPU makes") == 1 and "](README.md)" in gpu
+    assert "as web pages" not in (tmp_path / "index.md").read_text()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Bytes of a picture file to pixels, with the checks and words of the TorchServe
-handler, so that both servers refuse the same pictures for the same reasons.
+"""Bytes of a picture file to pixels, checked as TorchServe's handler checks them.
+
+Both servers refuse the same pictures for the same reasons, in the same words.
 
 TIFF, PNG and JPEG are opened by `e2e_utils.scenes`, which opens nothing but the bytes
 that the caller sent.
