@@ -1,6 +1,7 @@
 """The notebooks as they lie in the repository: what a reader on the web sees."""
 
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import nbformat
@@ -101,3 +102,10 @@ def test_no_notebook_is_missing_and_the_others_are_linked_from_one_of_the_five()
     text = "".join((FOLDER / f"{name}.ipynb").read_text() for name in NAMES)
     for name in set(PAGES) - set(NAMES):
         assert f"({name}.ipynb)" in text
+
+
+def test_the_picture_of_readme_with_real_trees_is_an_output_of_its_notebook():
+    notebook = nbformat.read(FOLDER / "your_own_data.ipynb", as_version=4)
+    data = [o.get("data", {}) for cell in code(notebook) for o in cell.outputs]
+    pictures = [b64decode(d["image/jpeg"]) for d in data if "image/jpeg" in d]
+    assert (FOLDER / "crowns.jpg").read_bytes() in pictures
