@@ -101,7 +101,8 @@ def predict_scene(
             bytes.
         size, overlap: of the tile grid; take those that the model was trained with.
         batch_size: tiles a forward pass.
-        score_threshold: drop boxes below, 0..1.
+        score_threshold: drop boxes below, 0..1, before the merge: a part that an unsure
+            larger box would have absorbed stays. Filter after it for the fewest boxes.
         nms_threshold: of two boxes of one class whose IoU is above, the better stays.
         border: a box that ends within so many pixels of a border inside the scene is
             taken for a part, and dropped where a larger box of its class covers most
