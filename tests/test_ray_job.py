@@ -6,6 +6,8 @@ import secrets
 import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -68,7 +70,7 @@ def cluster():
     It ends with the tests, whatever becomes of them. All ports are free ones, and no
     `ray stop` runs, which would stop every Ray of this machine.
     """
-    gcs, dashboard, client, *others = servers._free_ports(11)
+    gcs, dashboard, client, *others = servers._free_ports(27)
     url = f"http://127.0.0.1:{dashboard}"
     names = ["dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export"]
     names += ["runtime-env-agent"]
@@ -85,10 +87,17 @@ def cluster():
     head = ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
     head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     second = f"--address={ADDRESSES[0]}:{gcs}"
-    with (
-        node(ADDRESSES[0], *head, ready=lambda: alive(url)),
-        node(ADDRESSES[1], second, ready=lambda: len(alive(url)) == 2),
-    ):
+    with ExitStack() as stack:
+        for address, flags, nodes in ((0, head, 1), (1, [second], 2)):
+            for last in (False, False, True):  # Ray gives a node 30 s, loaded or not
+                try:
+                    ready = partial(lambda n: len(alive(url)) == n, nodes)
+                    started = node(ADDRESSES[address], *flags, ready=ready)
+                    stack.enter_context(started)
+                    break
+                except RuntimeError as error:
+                    if last or "timed out during startup" not in str(error):
+                        raise
         yield url
 
 
