@@ -234,8 +234,7 @@ def close_up(
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        labelled_xyxy, found_xyxy, right_xyxy: in its pixels; one at least. Found is
-            red, found right is blue.
+        labelled_xyxy, found_xyxy, right_xyxy: one at least; white, red and blue.
         size: side of the result in pixels.
         least: least side of the square in pixels of `image`; it grows with the boxes.
 

@@ -94,8 +94,14 @@ def main() -> None:
             at_once=args.at_once,
         )
         name = args.model_name or meta["model_name"]
-        how = (args.at_once, args.nms_threshold)
-        model = DetectorModel(detector, meta, name, limits, *how)
+        model = DetectorModel(
+            detector,
+            meta,
+            name,
+            limits,
+            at_once=args.at_once,
+            nms_threshold=args.nms_threshold,
+        )
         model.load()
         server = Server(model, args)  # from here on there is a log
         used = (args.engine, args.precision, meta["device"])
