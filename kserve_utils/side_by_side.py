@@ -1,6 +1,6 @@
 """Servers and engines beside one another: how fast each is, and how far apart they are.
 
-Copy: this file. (And e2e_utils/visualize.py.)
+Copy: this file. (And e2e_utils.)
 """
 
 from __future__ import annotations
