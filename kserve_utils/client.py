@@ -92,23 +92,12 @@ def predict_remote(
     """
     if protocol not in _PROTOCOLS:
         raise ValueError(f"no protocol {protocol!r}; valid: v1, v2")
-    if score_threshold is not None and not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
-    parameters: dict = {"scene": True} if scene else {}
-    if score_threshold is not None and (scene or protocol == "v2"):
-        # a scene's boxes are merged after it; TorchServe, which has none, ignores it
-        parameters["score_threshold"] = score_threshold
-    path, request, parse = _PROTOCOLS[protocol]
-    url = f"{base_url.rstrip('/')}/{path.format(model_name)}"
-    body, headers = request(image, {"parameters": parameters} if parameters else {})
-    if host:
-        headers["Host"] = host
-    response = _post(url, body, headers, timeout)
-    if response.status_code != 200:
-        raise RemoteError(_failure(url, response, host), response.status_code)
+    where = base_url, model_name, protocol, host, timeout
+    asked = {"scene": True} if scene else {}
+    url, response = _ask(image, where, score_threshold, **asked)
     try:
         answer = response.json()
-        found = parse(answer)
+        found = _PROTOCOLS[protocol][2](answer)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RemoteError(
             f"{url} answered 200, but not with boxes: {response.text[:200]!r}", 200
@@ -126,6 +115,31 @@ def predict_remote(
         names = list(compress(found.pop("names"), keep))
         found = {key: column[keep] for key, column in found.items()} | {"names": names}
     return found
+
+
+def scene_geojson(
+    base_url: str,
+    scene: bytes | str | Path,
+    model_name: str = "xview-fasterrcnn",
+    *,
+    host: str | None = None,
+    timeout: float = 120.0,
+    score_threshold: float | None = None,
+) -> dict:
+    """Boxes of a scene for a map; arguments and errors as of `predict_remote`.
+
+    Returns:
+        A GeoJSON FeatureCollection: longitude and latitude in degrees; in pixels, as it
+        then says itself, if the file does not tell its place on Earth.
+    """
+    where = base_url, model_name, "v2", host, timeout
+    url, response = _ask(scene, where, score_threshold, scene=True, geojson=True)
+    try:
+        data = {one["name"]: one["data"] for one in response.json()["outputs"]}
+        return json.loads(data["geojson"][0])
+    except (ValueError, LookupError, TypeError) as error:
+        said = response.text[:200]
+        raise RemoteError(f"{url} gave no GeoJSON: {said!r}", 200) from error
 
 
 def predict_grpc(
@@ -166,6 +180,30 @@ def predict_grpc(
     data = {output.name: output.as_numpy() for output in outputs}
     names = [name.decode() for name in data["names"]]
     return _arrays(data["boxes_xyxy"], data["labels"], data["scores"], names)
+
+
+def _ask(
+    image: bytes | str | Path,
+    where: tuple[str, str, str, str | None, float],
+    score_threshold: float | None,
+    **parameters: object,
+) -> tuple[str, requests.Response]:
+    """The URL that was asked, and its answer if the status is 200."""
+    base_url, model_name, protocol, host, timeout = where
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
+    if score_threshold is not None and (parameters or protocol == "v2"):
+        # a scene's boxes are merged after it; TorchServe, which has none, ignores it
+        parameters["score_threshold"] = score_threshold
+    path, request, _ = _PROTOCOLS[protocol]
+    url = f"{base_url.rstrip('/')}/{path.format(model_name)}"
+    body, headers = request(image, {"parameters": parameters} if parameters else {})
+    if host:
+        headers["Host"] = host
+    response = _post(url, body, headers, timeout)
+    if response.status_code != 200:
+        raise RemoteError(_failure(url, response, host), response.status_code)
+    return url, response
 
 
 def _v1(image: bytes | str | Path, head: dict) -> tuple[bytes, dict]:

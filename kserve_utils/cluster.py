@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -68,6 +69,34 @@ def steps(context: str, *commands: str, run: bool, folder: str | Path = ".") -> 
         print(f"$ kubectl --context {context} {command}")
         if run and (said := kubectl(context, command, folder)):
             print(said)
+
+
+def shell(context: str, folder: str | Path = ".") -> Callable[..., None]:
+    """Print whether a cluster answers; returns `steps` for it, which runs if one does.
+
+    Args:
+        context, folder: see `kubectl`.
+    """
+    there = is_there(context)
+    state = "answers: cells run" if there else "does not answer: cells only print"
+    print(f"{context} {state} their commands")
+    return partial(steps, context, run=there, folder=folder)
+
+
+def planned(script: str | Path, *options: str) -> str:
+    """The installations of kserve_install.sh, a line each; nothing is installed.
+
+    Args:
+        script: its path.
+        options: of the script.
+
+    Raises:
+        RuntimeError: the script failed, with its reason.
+    """
+    said = run_program("bash", str(script), *options, "--dry-run")
+    starts = ("kind create", "helm upgrade")
+    lines = [line for line in said.splitlines() if line.startswith(starts)]
+    return "\n".join(line.partition(" --namespace")[0].strip() for line in lines)
 
 
 def host_of(context: str, service: str) -> str:

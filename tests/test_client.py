@@ -15,7 +15,7 @@ from commands import python
 from kserve import InferRequest
 from serving import NAMES, ROOT, jpeg
 
-from kserve_utils.client import RemoteError, predict_remote
+from kserve_utils.client import RemoteError, predict_remote, scene_geojson
 
 FOUND = {
     "boxes_xyxy": [1.5, 2, 3, 4, 5, 6, 7, 8],
@@ -146,6 +146,23 @@ def test_a_scene_and_a_threshold_are_parameters_of_the_request(double):
     assert set(json.loads(seen[2][2])) == {"instances"}  # as TorchServe knows it
     with pytest.raises(RemoteError, match="took the scene for one picture, as Torch"):
         predict_remote(url, jpeg(), scene=True)
+
+
+def test_a_map_of_a_scene_is_asked_by_v2_and_anything_else_is_an_error(double):
+    url, seen, answers = double
+    on_map = {"type": "FeatureCollection", "features": []}
+    output = {"name": "geojson", "data": [json.dumps(on_map)]}
+    answers.append((200, {}, json.dumps({"outputs": [output]})))
+    host = "a.example.com"
+    assert scene_geojson(url, jpeg(), "m", host=host, score_threshold=0.5) == on_map
+    path, headers, body = seen[0]
+    assert path == "/v2/models/m/infer" and headers["Host"] == host
+    head = json.loads(body[: int(headers["Inference-Header-Content-Length"])])
+    asked = {"scene": True, "geojson": True, "score_threshold": 0.5}
+    assert head["parameters"] == asked
+    answers[:] = [(200, {}, v2())]
+    with pytest.raises(RemoteError, match="infer gave no GeoJSON: "):
+        scene_geojson(url, jpeg())
 
 
 @pytest.mark.parametrize("busy", [503, 429])

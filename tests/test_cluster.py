@@ -2,6 +2,7 @@
 
 import pytest
 from fake_kubectl import Kubectl
+from serving import ROOT
 
 from kserve_utils import cluster
 
@@ -39,6 +40,26 @@ def test_steps_are_printed_and_run_only_where_a_cluster_is(kubectl, capsys, tmp_
     first, *others = printed[:3]
     assert capsys.readouterr().out.splitlines() == [first, "made", *others]
     assert kubectl.asked("kind-x") == ["apply -f a b.yaml", *commands[1:3]]
+
+
+def test_a_shell_runs_its_commands_only_where_a_cluster_answers(kubectl, capsys):
+    for answer, state in (("ok", "answers"), ("no", "does not answer")):
+        kubectl.says({"get --raw /readyz": (0, answer), "get pods": (0, "pod/x")})
+        cluster.shell("kind-x")("get pods")
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"kind-x {state}: ")
+        said = ["pod/x"] * (answer == "ok")
+        assert lines == ["$ kubectl --context kind-x get pods", *said]
+
+
+def test_what_the_install_script_would_install_is_told_in_its_order():
+    script = ROOT / "kserve_utils" / "bash_scripts" / "kserve_install.sh"
+    lines = cluster.planned(script, "--with-autoscaling").splitlines()
+    assert lines[0].startswith("kind create cluster") and lines[0].endswith("5m")
+    charts = [line.split()[3] for line in lines[1:]]
+    assert charts[2:] == ["prometheus", "keda", "kserve-crd", "kserve-resources"]
+    with pytest.raises(RuntimeError, match="Usage"):
+        cluster.planned(script, "--unknown")
 
 
 def test_the_host_is_that_of_the_services_url_and_missing_while_it_has_none(kubectl):
