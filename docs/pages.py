@@ -237,7 +237,8 @@ def add_benchmarks(site: Site) -> str:
         pages.append(page)
         rows += f"- {link(index, path.name, page)}: {first}\n"
     about = (
-        "Each measures a peer and this repository in one run: `make bench` runs all. "
+        "Each measures this repository and what it is compared with in one run; "
+        "`make bench` runs all of them, in quick forms. "
         f"The figures are in the {link(index, 'results', results)}.\n"
     )
     site.text[index] = f"# The benchmarks\n\n{about}\n{rows}{toctree(pages)}"
