@@ -1,9 +1,10 @@
 // Sphinx drops words of digits alone from what was asked for; conf.py keeps them in the
-// index, and here they are asked for like other words.
+// index, and here they are asked for like other words. The halves of 0.6 would be found
+// everywhere, so decimals stay out.
 const parseQuery = Search._parseQuery;
 Search._parseQuery = (query) => {
   const parsed = parseQuery(query);
-  for (const digits of query.match(/(?<!\w)\d+(?!\w)/g) ?? [])
+  for (const digits of query.match(/(?<![\w.])\d{2,}(?![\w.])/g) ?? [])
     [parsed[1], parsed[3]].forEach((words) => words.add(digits));
   return parsed;
 };
