@@ -24,10 +24,11 @@ PYTEST := $(BIN)/python -m pytest --durations=40
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo own notebooks test test-fast test-core test-cluster test-serving \
-  test-notebooks lab site try lint lock types bench clean another
+  test-notebooks lab site try lint lock types bench clean venv another
 
 help:
 	@echo "make demo       run the five notebooks in order, results in $(RUN)"
+	@echo "make venv       the environment alone, in .venv"
 	@echo "make own        the notebook on real pictures, results in runs/crowns"
 	@echo "make test       all tests, the notebooks among them"
 	@echo "make test-fast  without notebooks and servers"
@@ -75,6 +76,8 @@ else
 endif
 	@$(UV) pip install $(INTO) --no-deps --no-build-isolation -e .
 	@echo "$(TORCH)" > $@
+
+venv: .venv/installed
 
 ifneq ($(TORCH),$(HELD))
 .venv/installed: another

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU makes of the road, by one command; four minutes on an H100.
+# What a GPU makes of training and prediction, by one command; four minutes on an H100.
 #
 #     benchmarks/on_gpu.sh                  # results in runs/on_gpu
 #     WHEELS=wheels benchmarks/on_gpu.sh    # a folder of wheels with what is missing

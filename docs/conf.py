@@ -12,6 +12,7 @@ from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -74,6 +75,13 @@ STAR = re.compile(r"(`[^`]*`)|\*")
 TITLE, JOINT = re.compile(r"<h1>[\w./]+"), re.compile(r"[./_]")
 
 
+class Digits(SearchEnglish):
+    """Sphinx's words of English, and "300", which it would leave out."""
+
+    def word_filter(self, word: str) -> bool:
+        return word not in self.stopwords
+
+
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text: an indented paragraph is code, a star is a star."""
     pieces = BLOCK.split("\n".join(lines))
@@ -101,6 +109,7 @@ def dashes_and_pictures(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> None:
+    app.add_search_language(Digits)
     sources = arrange(ROOT, Path(app.srcdir), REPOSITORY)
     app.config.html_extra_path = [str(Path(app.srcdir) / FOLDER)]
 

@@ -32,6 +32,13 @@ STAGES = (
     "Prediction, scores and figures",
     "Training",
 )
+# Of the other package; its modules that are not named here come last.
+SERVING = {
+    "The artefact and what runs it": "artefact graphs export engines approve",
+    "Clients, and servers to try": "client servers cluster try_page",
+    "The predictor on KServe": "predictor",
+    "The handler of TorchServe": "torchserve_utils",
+}
 
 # [text](target), [name]: target, and src="target" of HTML
 LINK = re.compile(
@@ -156,15 +163,21 @@ def opening(text: str, suffix: str) -> tuple[str, str]:
 
 
 def stages(root: Path) -> dict[str, str]:
-    """Module -> its stage, in the order of the floors of CONTRIBUTING.md, if any."""
+    """Module -> its stage, in the order of the floors, if any, then of SERVING."""
     path = root / "CONTRIBUTING.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     floors = re.findall(r"^\d\. (.*(?:\n   .*)*)", text, re.M)
-    return {
+    found = {
         file: stage
         for stage, floor in zip(STAGES, floors, strict=bool(floors))
         for file in re.findall(r"`(\w+/\w+\.py)`", floor)
     }
+    for stage, names in SERVING.items():
+        for name in names.split():
+            path = root / "kserve_utils" / name
+            paths = sorted(path.glob("[!_]*.py")) or [path.with_suffix(".py")]
+            found |= {file.relative_to(root).as_posix(): stage for file in paths}
+    return found
 
 
 def toctree(pages: list[str], caption: str = "") -> str:
@@ -224,7 +237,8 @@ def add_benchmarks(site: Site) -> str:
         pages.append(page)
         rows += f"- {link(index, path.name, page)}: {first}\n"
     about = (
-        "Each measures a peer and this repository in one run: `make bench` runs all. "
+        "Each measures this repository and what it is compared with in one run; "
+        "`make bench` runs all of them, in quick forms. "
         f"The figures are in the {link(index, 'results', results)}.\n"
     )
     site.text[index] = f"# The benchmarks\n\n{about}\n{rows}{toctree(pages)}"

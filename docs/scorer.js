@@ -1,6 +1,17 @@
-// Sphinx finds pages, and drops words of digits alone. Where a heading has all that was
-// asked for, as it was typed, the result is put first and leads to that heading. The
-// numbers are those of Sphinx's own scorer, which this one replaces.
+// Sphinx drops words of digits alone from what was asked for; conf.py keeps them in the
+// index, and here they are asked for like other words. The halves of 0.6 would be found
+// everywhere, so decimals stay out.
+const parseQuery = Search._parseQuery;
+Search._parseQuery = (query) => {
+  const parsed = parseQuery(query);
+  for (const digits of query.match(/(?<![\w.])\d{2,}(?![\w.])/g) ?? [])
+    [parsed[1], parsed[3]].forEach((words) => words.add(digits));
+  return parsed;
+};
+
+// Sphinx finds pages. Where a heading has all that was asked for, as it was typed, the
+// result is put first and leads to that heading. The numbers are those of Sphinx's own
+// scorer, which this one replaces.
 var Scorer = {
   objNameMatch: 11,
   objPartialMatch: 6,
