@@ -108,6 +108,7 @@ def test_a_word_is_found_by_the_search(site, page):  # noqa: F811
     page.goto(f"{site}/search.html?q=16+bits")
     results.first.wait_for()
     assert "FAQ.html#my-scenes-have-16-bits" in results.first.get_attribute("href")
+    page.wait_for_load_state("networkidle")
     page.goto(f"{site}/search.html?q=300")
     page.locator("ul.search li a", has_text="2. Data preparation").wait_for()
     page.wait_for_load_state("networkidle")
