@@ -41,11 +41,9 @@ def show_shrunk(
     """
     x1, y1, x2, y2 = tile
     spot = image[y1:y2, x1:x2]
-    small = scaled(spot, to / side)
-    pictures = [
-        cv2.resize(small, (600, 600), interpolation=cv2.INTER_NEAREST),
-        cv2.resize(spot, (600, 600), interpolation=cv2.INTER_LINEAR),
-    ]
+    size = 600, round(600 * (y2 - y1) / (x2 - x1))
+    small = cv2.resize(scaled(spot, to / side), size, interpolation=cv2.INTER_NEAREST)
+    pictures = [small, cv2.resize(spot, size, interpolation=cv2.INTER_LINEAR)]
     return show(pictures, [f"{side:,} px shrunk to {to}", "at its own size"])
 
 
