@@ -30,6 +30,7 @@ def split_coco(
     output_dir: str | Path,
     train_split_rate: float = 0.75,
     seed: int = 0,
+    val_coco: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """Split a COCO file by scene: no scene has a part in both.
 
@@ -39,10 +40,16 @@ def split_coco(
         train_split_rate: share of the scenes for train, between 0 and 1; each split
             gets one at least.
         seed: of the draw.
+        val_coco: COCO file of the validation scenes, if they are chosen already: then
+            the two are checked and returned as they are, and nothing is written.
+
+    Returns:
+        The COCO file of the training scenes, and that of the validation scenes.
 
     Raises:
         ValueError: not a COCO file, one of the two that it would write, one scene
-            alone, or the rate is out of range.
+            alone, or the rate is out of range; of two files, a scene is in both, or a
+            category in one alone.
 
     Example:
         >>> import json
@@ -56,6 +63,9 @@ def split_coco(
         ...     [len(read_coco(file).images) for file in files]
         [3, 1]
     """
+    if val_coco is not None:
+        _check_pair(Path(coco_json), Path(val_coco))
+        return Path(coco_json), Path(val_coco)
     if not 0 < train_split_rate < 1:
         raise ValueError(
             f"train_split_rate is {train_split_rate}; give a share between 0 and 1"
@@ -206,11 +216,7 @@ def prepare_tiles(
     categories = read_coco(val_coco or coco, strict=False).categories
     for split in ("train", "val"):  # what is refused leaves everything as it was
         start_split(out, split, slice_size, overlap_ratio, categories, write=False)
-    if val_coco is None:
-        files = split_coco(coco, out, train_split_rate, seed)
-    else:
-        files = Path(coco), Path(val_coco)
-        _check_pair(*files)
+    files = split_coco(coco, out, train_split_rate, seed, val_coco)
     record = as_stretch(stretch, bands if percentile is None else None)
     if percentile is not None:
         if record:

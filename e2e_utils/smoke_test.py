@@ -200,6 +200,11 @@ def failed(rows: list[tuple[str, str, str]]) -> list[str]:
     return [name for name, _, said in rows if said.startswith("FAILED")]
 
 
+def skipped(rows: list[tuple[str, str, str]]) -> list[str]:
+    """The packages whose check found nothing to run, of what `smoke_test` returns."""
+    return [name for name, _, said in rows if said.startswith("skipped")]
+
+
 def _equal(what: str, got: object, expected: object) -> None:
     if got != expected:
         raise RuntimeError(f"{what} should be {expected}, got {got}")

@@ -1,4 +1,4 @@
-"""Pictures of how a scene is cut: the grid with one tile, the tiles of one object.
+"""How a scene is cut: the grid, what shrinking loses, one object's tiles, sizes.
 
 Copy: this file, grid.py and visualize.py.
 """
@@ -6,19 +6,83 @@ Copy: this file, grid.py and visualize.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
 from .grid import clip_to_tiles
-from .visualize import COLORS, class_color, draw_boxes, rectangles, scaled, show
+from .visualize import COLORS, class_color, draw_boxes, rectangles, scaled, show, table
+
+
+def fullest_tile(grid: np.ndarray, boxes_xyxy: np.ndarray) -> int:
+    """The index of the tile that the centres of most boxes lie in.
+
+    Args:
+        grid: int (N, 4), xyxy of the tiles, of `grid.tile_grid`.
+        boxes_xyxy: (M, 4) in pixels of the scene.
+    """
+    centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    inside = (grid[:, None, :2] <= centres) & (centres < grid[:, None, 2:])
+    return int(inside.all(axis=2).sum(axis=1).argmax())
+
+
+def show_shrunk(
+    image: np.ndarray, tile: np.ndarray, side: int, to: int = 640
+) -> Figure:
+    """A tile as a detector sees it that shrinks its scene first, and at its own size.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        tile: int (4,), xyxy of the tile.
+        side: of the scene, in pixels.
+        to: what that side is shrunk to.
+    """
+    x1, y1, x2, y2 = tile
+    spot = image[y1:y2, x1:x2]
+    size = 600, round(600 * (y2 - y1) / (x2 - x1))
+    small = cv2.resize(scaled(spot, to / side), size, interpolation=cv2.INTER_NEAREST)
+    pictures = [small, cv2.resize(spot, size, interpolation=cv2.INTER_LINEAR)]
+    return show(pictures, [f"{side:,} px shrunk to {to}", "at its own size"])
+
+
+def size_table(scenes: dict, tiles: dict, overlap: float) -> Any:
+    """Of each class how large its objects are before and after tiling, as Markdown.
+
+    A size is the square root of a box's area, in pixels.
+
+    Args:
+        scenes, tiles: contents of COCO files with the same categories.
+        overlap: of the tiles, in pixels; the table has the share of the objects of
+            the scenes whose longer side is more.
+    """
+    names = {category["id"]: category["name"] for category in scenes["categories"]}
+    rows = []
+    for number, name in names.items():
+        before, after = (
+            np.array(
+                [a["bbox"][2:] for a in c["annotations"] if a["category_id"] == number]
+            )
+            for c in (scenes, tiles)
+        )
+        if len(before):
+            over = np.mean(before.max(axis=1) > overlap)
+            rows.append([name, *_median_and_90th(before), f"{over:.0%}"])
+            rows[-1] += _median_and_90th(after) if len(after) else [None, None]
+    head = ["class", "median in scenes", "90th", f"longer than {overlap:g} px"]
+    rows.sort(key=lambda row: row[1])
+    return table([*head, "median in tiles", "90th"], rows, "{:.0f}")
+
+
+def _median_and_90th(sides: np.ndarray) -> list[float]:
+    return [float(x) for x in np.percentile(np.sqrt(np.prod(sides, axis=1)), (50, 90))]
 
 
 def show_grid(
     image: np.ndarray, grid: np.ndarray, tile: int, width: int = 800
 ) -> Figure:
-    """A scene with its grid, one tile of it bright, and darker what it shares.
+    """A scene with what its tiles share, and one tile of it bright.
 
     Args:
         image: uint8 (H, W, 3), RGB.
@@ -28,21 +92,24 @@ def show_grid(
     """
     scale = width / image.shape[1]
     canvas = scaled(image, scale)
-    x1, y1, x2, y2 = np.round(grid[tile] * scale).astype(int).tolist()
-    bright = canvas[y1:y2, x1:x2].copy()
-    shared = np.zeros(bright.shape[:2], bool)
-    for index, other in enumerate(np.round(grid * scale).astype(int)):
-        a, b, c, d = (other - [x1, y1, x1, y1]).tolist()
-        if index != tile and min(c, d) > 0:
-            shared[max(0, b) : d, max(0, a) : c] = True
-    bright[shared] = bright[shared] * 0.6 + np.array(COLORS["score"]) * 0.4
-    canvas = cv2.addWeighted(canvas, 0.55, np.full_like(canvas, 255), 0.45, 0)
-    canvas[y1:y2, x1:x2] = bright
     corners = np.round(grid * scale).astype(int)
-    rectangles(canvas, corners, [COLORS["labelled"]] * len(grid), 1)
+    x1, y1, x2, y2 = corners[tile].tolist()
+    inside = np.zeros(canvas.shape[:2], bool)
+    inside[y1:y2, x1:x2] = True
+    held = np.zeros(canvas.shape[:2], int)  # by how many tiles
+    for a, b, c, d in corners.tolist():
+        held[b:d, a:c] += 1
+    pale = cv2.addWeighted(canvas, 0.55, np.full_like(canvas, 255), 0.45, 0)
+    canvas[~inside] = pale[~inside]
+    for where, color in ((inside, "score"), (~inside, "plain")):
+        shared = where & (held > 1)
+        canvas[shared] = canvas[shared] * 0.6 + np.array(COLORS[color]) * 0.4
     rectangles(canvas, corners[tile : tile + 1], [COLORS["score"]])
-    legend = {"one tile, and what it shares with its neighbours": COLORS["score"]}
-    alt = f"a scene cut into {len(grid)} tiles, one of them bright, its borders shaded"
+    legend = {
+        "one tile, and what it shares with its neighbours": COLORS["score"],
+        "what the others share": COLORS["plain"],
+    }
+    alt = f"a scene of {len(grid)} tiles; what they share is shaded, and one is bright"
     return show(canvas, width=6, legend=legend, alt=alt)
 
 

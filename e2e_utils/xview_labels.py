@@ -118,6 +118,27 @@ def satellite_passes(path: str | Path) -> dict[str, str]:
     return {scene: of.most_common(1)[0][0] for scene, of in counts.items()}
 
 
+def shared_passes(
+    path: str | Path, train_json: str | Path, val_json: str | Path
+) -> list[str]:
+    """The validation scenes that were cut from a pass which training scenes are of too.
+
+    Args:
+        path: xView_train.geojson.
+        train_json, val_json: COCO files of its scenes, be they TIFFs or PNGs.
+
+    Raises:
+        ValueError: see `read_labels`.
+    """
+    passes = {Path(name).stem: of for name, of in satellite_passes(path).items()}
+    train, val = (
+        [image["file_name"] for image in json.loads(Path(file).read_text())["images"]]
+        for file in (train_json, val_json)
+    )
+    trained = {passes.get(Path(name).stem) for name in train} - {None}
+    return [name for name in val if passes.get(Path(name).stem) in trained]
+
+
 # far outside of any scene, and small enough for the area to fit 64 bits
 _Pixel = Annotated[int, msgspec.Meta(ge=-(2**30), le=2**30)]
 _BOUNDS = msgspec.json.Decoder(tuple[_Pixel, _Pixel, _Pixel, _Pixel])

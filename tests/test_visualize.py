@@ -18,7 +18,13 @@ from e2e_utils.compare import (
 )
 from e2e_utils.grid import tile_grid
 from e2e_utils.mistakes import mistakes
-from e2e_utils.tile_figure import show_grid, show_shared
+from e2e_utils.tile_figure import (
+    fullest_tile,
+    show_grid,
+    show_shared,
+    show_shrunk,
+    size_table,
+)
 from e2e_utils.visualize import (
     COLORS,
     class_color,
@@ -59,8 +65,10 @@ def test_the_figures_are_made():
     axis = bars({"class 3": 5, "class 9": 50}, "objects", class_names=NAMES).axes[0]
     assert [p.get_width() for p in axis.patches] == [5, 50]
     assert "class 9 50" in bars({"class 9": 50}, "x", form="{:.0f}").get_label()
-    figure = histogram([1, 2, 3], "objects", "tiles", marks={"cap": 2})
-    assert figure.axes[0].lines[0].get_xdata() == [2, 2]
+    axis = histogram([1, 2, 3], "objects", "tiles", marks={"cap": 2, "most": 3}).axes[0]
+    assert [line.get_xdata() for line in axis.lines] == [[2, 2], [3, 3]]
+    assert [text.get_text().strip() for text in axis.texts] == ["cap: 2", "most: 3"]
+    assert len({(m.get_color(), m.get_linestyle()) for m in axis.lines}) == 2
     figure = lines({"a": ([1, 2], [3, 4]), "b": ([1], [2])}, "x", "y", ends={"a": "x"})
     assert len(figure.axes[0].lines) == 3 and figure.get_label() == "y against x: a, b"
 
@@ -149,12 +157,34 @@ SCENE = np.full((300, 500, 3), 120, np.uint8)
 GRID = tile_grid(300, 500, 200, 0.25)
 
 
-def test_the_grid_shows_one_tile_and_what_it_shares():
+def test_the_grid_shows_one_tile_and_what_all_of_them_share():
     figure = show_grid(SCENE, GRID, 0, width=500)
     picture = figure.axes[0].images[0].get_array()
     own, shared, outside = picture[50, 50], picture[75, 175], picture[250, 450]
     assert own.tolist() == [120] * 3 and shared[0] > 150 and outside[2] > 150
+    red, _, blue = picture[50, 325]  # of the second tile and the third
+    assert red < outside[0] and blue > red
     assert "6 tiles" in figure.get_label()
+
+
+def test_the_fullest_tile_is_shown_shrunk_and_at_its_own_size():
+    boxes = np.array([[10, 10, 30, 30], [180, 20, 260, 60], [300, 20, 310, 30]])
+    fullest = fullest_tile(GRID, boxes)
+    assert GRID[fullest].tolist() == [150, 0, 350, 200], "two of three centres"
+    scene = np.tile(np.uint8([[[0] * 3, [200] * 3]]), (300, 250, 1))  # stripes of 1 px
+    small, own = show_shrunk(scene, GRID[fullest], 1280).axes
+    assert small.get_title() == "1,280 px shrunk to 640"
+    assert np.ptp(small.images[0].get_array()) == 0, "they are gone"
+    assert np.ptp(own.images[0].get_array()) > 150
+
+
+def test_sizes_are_told_by_class_before_and_after_tiling():
+    categories = [{"id": i, "name": n} for i, n in ((7, "car"), (8, "bus"), (9, "van"))]
+    sides = [(7, 4, 9), (7, 6, 6), (8, 2, 2)]
+    rows = [{"category_id": c, "bbox": [0, 0, w, h]} for c, w, h in sides]
+    scenes = {"categories": categories, "annotations": rows}
+    made = size_table(scenes, {**scenes, "annotations": rows[:1]}, 6).data.split("\n")
+    assert made[2:] == ["| bus | 2 | 2 | 0% |  |  |", "| car | 6 | 6 | 50% | 6 | 6 |"]
 
 
 def test_an_object_that_borders_cut_is_shown_in_each_of_its_tiles():
