@@ -34,7 +34,8 @@ STAGES = (
 )
 # Of the other package; its modules that are not named here come last.
 SERVING = {
-    "The artefact and what runs it": "artefact graphs export engines approve side_by_side",
+    "The artefact and what runs it": "artefact graphs export engines approve"
+    " side_by_side",
     "Clients, and servers to try": "client servers cluster try_page",
     "The predictor on KServe": "predictor",
     "The handler of TorchServe": "torchserve_utils",
