@@ -70,9 +70,10 @@ def size_table(scenes: dict, tiles: dict, overlap: float) -> Any:
             over = np.mean(before.max(axis=1) > overlap)
             rows.append([name, *_median_and_90th(before), f"{over:.0%}"])
             rows[-1] += _median_and_90th(after) if len(after) else [None, None]
-    head = ["class", "median in scenes", "90th", f"longer than {overlap:g} px"]
+    head = ["class", "median in scenes", "90th in scenes"]
+    head += [f"longer than {overlap:g} px"]
     rows.sort(key=lambda row: row[1])
-    return table([*head, "median in tiles", "90th"], rows, "{:.0f}")
+    return table([*head, "median in tiles", "90th in tiles"], rows, "{:.0f}")
 
 
 def _median_and_90th(sides: np.ndarray) -> list[float]:
