@@ -16,6 +16,7 @@ import rasterio
 from commands import python
 from own_data import write_16_bit_scenes, write_scenes
 from rasterio.windows import Window
+from test_run import SAME_MERGE
 
 from sample_data.dataset import draw_dataset
 
@@ -100,9 +101,8 @@ def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
     assert len(served["tile"]) == 7
     assert all(s["box_difference_px"] <= 0.05 for s in served["tile"].values())
     results = json.loads((tmp_path / "xview" / "training" / "results.json").read_text())
-    assert (
-        results["step"] == 2 and results["corner_boxes"] == results["sahi_corner_boxes"]
-    )
+    sahi, ours = (results["of_merges"][way] for way in SAME_MERGE)
+    assert results["step"] == 2 and sahi == ours
 
 
 def test_scenes_of_16_bits_and_other_bands_run_by_parameters(tmp_path):
