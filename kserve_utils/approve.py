@@ -95,6 +95,36 @@ def approve_precision(
     return outcome
 
 
+def approve_or_say_why_not(
+    artefact_dir: str | Path,
+    engine: str,
+    json_path: str | Path,
+    image_dir: str | Path,
+    *,
+    most_tiles: int,
+    device: str | None = None,
+) -> dict:
+    """`approve_precision` of bf16, for a notebook that goes on without it.
+
+    Args:
+        artefact_dir, engine, json_path, image_dir, device: see `approve_precision`.
+        most_tiles: that are measured; more would take long.
+
+    Returns:
+        What `approve_precision` returns; {}, and a printed line says why, where there
+        are more tiles, no units for bf16, or a detector that finds nothing.
+    """
+    count = len(json.loads(Path(json_path).read_text())["images"])
+    try:
+        if count <= most_tiles:
+            labelled = json_path, image_dir
+            return approve_precision(artefact_dir, engine, *labelled, device=device)
+        print(f"not measured: {count} tiles take long, and {most_tiles} are allowed")
+    except (RuntimeError, ValueError) as error:
+        print(f"not measured: {error}")
+    return {}
+
+
 def _ap(detector: nn.Module, tiles: CocoTiles) -> float | None:
     """AP, 0..1; None where nothing is labelled."""
     device, ids = next(detector.parameters()).device, tiles.category_ids

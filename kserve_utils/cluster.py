@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import TextWrapper
 from urllib.parse import urlsplit
 
 from e2e_utils.programs import run_program
@@ -83,20 +84,30 @@ def shell(context: str, folder: str | Path = ".") -> Callable[..., None]:
     return partial(steps, context, run=there, folder=folder)
 
 
-def planned(script: str | Path, *options: str) -> str:
-    """The installations of kserve_install.sh, a line each; nothing is installed.
+def planned(script: str | Path, *options: str, folder: str | Path = ".") -> str:
+    """The installations of kserve_install.sh, as for a shell; nothing is installed.
 
     Args:
-        script: its path.
+        script: its path, from `folder`.
         options: of the script.
+        folder: from which its paths count.
+
+    Returns:
+        Whole commands in its order, each on as many lines of 90 characters as needed.
 
     Raises:
         RuntimeError: the script failed, with its reason.
     """
-    said = run_program("bash", str(script), *options, "--dry-run")
+    said = run_program("bash", str(script), *options, "--dry-run", folder=folder)
     starts = ("kind create", "helm upgrade")
     lines = [line for line in said.splitlines() if line.startswith(starts)]
-    return "\n".join(line.partition(" --namespace")[0].strip() for line in lines)
+    # an option stays beside its value, by a space at which no line is broken
+    lines = [re.sub(r"( --\S+) (?!-)", "\\1\xa0", line) for line in lines]
+    fold = TextWrapper(
+        88, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    folded = "\n".join(" \\\n".join(fold.wrap(line)) for line in lines)
+    return folded.replace("\xa0", " ")
 
 
 def host_of(context: str, service: str) -> str:

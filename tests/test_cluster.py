@@ -1,5 +1,7 @@
 """What goes to kubectl and comes back, from a test double of it."""
 
+import subprocess
+
 import pytest
 from fake_kubectl import Kubectl
 from serving import ROOT
@@ -53,8 +55,13 @@ def test_a_shell_runs_its_commands_only_where_a_cluster_answers(kubectl, capsys)
 
 
 def test_what_the_install_script_would_install_is_told_in_its_order():
-    script = ROOT / "kserve_utils" / "bash_scripts" / "kserve_install.sh"
-    lines = cluster.planned(script, "--with-autoscaling").splitlines()
+    script = "kserve_utils/bash_scripts/kserve_install.sh"
+    shown = cluster.planned(script, "--with-autoscaling", folder=ROOT)
+    assert max(map(len, shown.splitlines())) <= 90
+    lines = shown.replace(" \\\n   ", "").splitlines()
+    dry_run = ["bash", script, "--with-autoscaling", "--dry-run"]
+    said = subprocess.check_output(dry_run, cwd=ROOT, text=True).splitlines()
+    assert lines == [line.strip() for line in said if line.strip() in lines]
     assert lines[0].startswith("kind create cluster") and lines[0].endswith("5m")
     charts = [line.split()[3] for line in lines[1:]]
     assert charts[2:] == ["prometheus", "keda", "kserve-crd", "kserve-resources"]

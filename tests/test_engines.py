@@ -23,7 +23,7 @@ from e2e_utils.predict import predict_image, predict_scene
 from e2e_utils.tile_set import describe_split
 from kserve_utils import artefact as artefacts
 from kserve_utils import engines, export, graphs
-from kserve_utils.approve import approve_precision
+from kserve_utils.approve import approve_or_say_why_not, approve_precision
 from kserve_utils.approve import main as approve_main
 
 OTHERS = ("openvino", "onnxruntime")
@@ -556,12 +556,17 @@ def test_approval_is_measured_on_labelled_tiles_and_remembered(
     assert status.startswith("error: no device 'gpu'")
 
 
-def test_approval_refuses_tiles_that_tell_nothing(copy, labelled, every_precision):
+def test_approval_refuses_tiles_that_tell_nothing(
+    copy, labelled, every_precision, capsys
+):
     path, folder = labelled
     coco = {**json.loads(path.read_text()), "annotations": []}
     path.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="is None: it tells nothing of bf16"):
         approve_precision(copy, "torch", path, folder)
+    for most, why in ((2, "it tells nothing of bf16"), (1, "2 tiles take long")):
+        said = approve_or_say_why_not(copy, "torch", path, folder, most_tiles=most)
+        assert said == {} and why in capsys.readouterr().out
     path.write_text(json.dumps({**coco, "categories": coco["categories"][:3]}))
     with pytest.raises(ValueError, match="3 categories that are not the 60 classes"):
         approve_precision(copy, "torch", path, folder)

@@ -103,7 +103,7 @@ def test_fine_tuning_helped_in_the_other_city(run):
 
 def test_every_server_gave_the_boxes_of_the_model(run):
     results = results_of(run, "serving")
-    assert len(results["tile"]) == 7 and results["boxes"] > 0
+    assert len(results["tile"]) == 9 and results["boxes"] > 0
     for found in [*results["tile"].values(), results["scene"]]:
         assert found["box_difference_px"] <= 0.05
         assert found["score_difference"] <= 1e-4
