@@ -74,7 +74,7 @@ def test_all_notebooks_run_on_pngs_of_other_classes_by_parameters(tmp_path):
     tiles = json.loads((tmp_path / "own" / "tiles" / "tiles.json").read_text())
     assert (tiles["tile_size"], tiles["overlap"]) == (512, 0.25)
     served = json.loads((tmp_path / "own" / "serving" / "results.json").read_text())
-    assert len(served["tile"]) == 7
+    assert len(served["tile"]) == 9
     assert all(s["box_difference_px"] <= 0.05 for s in served["tile"].values())
 
 
@@ -98,7 +98,7 @@ def test_the_recipe_for_xview_runs_on_a_folder_of_its_shape(tmp_path):
         paths = {"/path/to/xview": xview, "../runs": tmp_path}
         execute(command, paths, SHORT_XVIEW)
     served = json.loads((tmp_path / "xview" / "serving" / "results.json").read_text())
-    assert len(served["tile"]) == 7
+    assert len(served["tile"]) == 9
     assert all(s["box_difference_px"] <= 0.05 for s in served["tile"].values())
     results = json.loads((tmp_path / "xview" / "training" / "results.json").read_text())
     sahi, ours = (results["of_merges"][way] for way in SAME_MERGE)
