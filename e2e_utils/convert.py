@@ -1,4 +1,4 @@
-"""xView as it is downloaded into what detection tools read.
+r"""xView as it is downloaded into what detection tools read.
 
 Copy: this file, xview_labels.py, coco.py, scenes.py, images.py, stretch.py, files.py,
 classes.py and xview_classes.json.

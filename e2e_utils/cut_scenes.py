@@ -1,4 +1,4 @@
-"""Each scene in two, by area: for whoever has too few of them to split by scene.
+r"""Each scene in two, by area: for whoever has too few of them to split by scene.
 
     python -m e2e_utils.cut_scenes --image_dir scenes --coco labels.json \
         --output_dir cut

@@ -1,4 +1,4 @@
-"""Any COCO data set to tiles: split by scene, cut, described.
+r"""Any COCO data set to tiles: split by scene, cut, described.
 
     python -m e2e_utils.prepare --image_dir scenes --coco labels.json \
         --output_dir tiles --slice_size 512 --overlap_ratio 0.25

@@ -1,4 +1,4 @@
-"""A COCO data set of scenes cut into a COCO data set of tiles.
+r"""A COCO data set of scenes cut into a COCO data set of tiles.
 
 Copy: this file, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py, images.py,
 stretch.py and files.py.
