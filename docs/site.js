@@ -5,6 +5,8 @@ addEventListener("load", () => {
   const list = document.querySelector(".sidebar-scroll");
   if (entry && list && matchMedia("(min-width: 64em)").matches)
     list.scrollTop += entry.getBoundingClientRect().top - innerHeight / 2;
-  const marked = location.hash ? null : document.querySelector("article .highlighted");
-  marked?.scrollIntoView({ block: "center" });
+  setTimeout(() => { // Sphinx marks after the page is there
+    const marked = location.hash ? null : document.querySelector("article .highlighted");
+    marked?.scrollIntoView({ block: "center" });
+  }, 200);
 });

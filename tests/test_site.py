@@ -97,6 +97,12 @@ def test_every_page_from_the_first_to_the_last_fits_a_phone(site, page):  # noqa
     assert pages <= set(seen)
 
 
+IN_VIEW = """selector => {
+    const top = document.querySelector(selector)?.getBoundingClientRect().top;
+    return 0 < top && top < innerHeight;
+}"""
+
+
 def test_a_word_is_found_by_the_search(site, page):  # noqa: F811
     page.goto(f"{site}/index.html")
     page.locator(".sidebar-search").fill("papermill")
@@ -112,6 +118,11 @@ def test_a_word_is_found_by_the_search(site, page):  # noqa: F811
     page.goto(f"{site}/search.html?q=300")
     page.locator("ul.search li a", has_text="2. Data preparation").wait_for()
     page.wait_for_load_state("networkidle")
+    page.goto(f"{site}/search.html?q=NMS")
+    page.locator("ul.search li a", has_text="3. Training").first.click()
+    page.wait_for_function(IN_VIEW, arg="article .highlighted")
+    page.goto(f"{site}/api/kserve_utils.servers.html")
+    page.wait_for_function(IN_VIEW, arg=".sidebar-tree .current-page")
     assert page.complaints == []
 
 
