@@ -19,6 +19,11 @@ def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:
     Args:
         records: lines of metrics.jsonl: {"step", "loss", ...} or {"step", score, ...}.
         score: the key of the validation score, 0..1.
+
+    Example:
+        >>> records = [{"step": 20, "loss": 1.5}, {"step": 40, "loss": 0.9}]
+        >>> learning_curve([*records, {"step": 40, "AP50": 0.3}]).get_label()
+        'the loss and the AP50 against the step, 0.30 at the end'
     """
     figure, (left, right) = axes(9, 3.2, columns=2)
     for axis, key, marks, color in (
@@ -52,6 +57,11 @@ def bars(
         class_names: colours the bars as in `draw_boxes` where names are classes.
         log: logarithmic axis.
         form: format of the values beside the bars.
+
+    Example:
+        >>> figure = bars({"car": 0.9, "ship": 0.7}, "AP50")
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['ship', 'car']
     """
     order = sorted(values, key=values.__getitem__)
     colors = [
@@ -81,6 +91,10 @@ def histogram(
         values: numbers.
         xlabel, ylabel: of the axes.
         marks: {what the line means: where it stands}, three at most; named at the line.
+
+    Example:
+        >>> histogram([3, 130], "objects", "tiles", marks={"cap": 100}).get_label()
+        'histogram of objects, 3 to 130'
     """
     figure, (axis,) = axes(7.5, 2.6)
     values = list(values)
@@ -111,6 +125,10 @@ def lines(
         xlabel, ylabel: of the axes.
         ends: {name: a matplotlib marker for the last point of that curve}.
         axis_options: of matplotlib's `Axes.set`, such as ylim or xscale.
+
+    Example:
+        >>> lines({"trial 1": ([12, 24], [0.38, 0.42])}, "batches", "AP").get_label()
+        'AP against batches: trial 1'
     """
     figure, (axis,) = axes(7.5, 2.8)
     for name, (x, y) in curves.items():
@@ -131,6 +149,11 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
         matrix: int (C + 1, C + 1) of `e2e_utils.mistakes.confusion_matrix`, the
             background first. Classes without an object or a detection are left out.
         names: of the C + 1 rows.
+
+    Example:
+        >>> matrix = np.array([[0, 1, 0], [2, 8, 0], [0, 0, 5]])
+        >>> confusion(matrix, ["background", "car", "ship"]).get_label()
+        'confusion matrix; on the diagonal car 80%, ship 100%'
     """
     matrix = np.asarray(matrix)
     present = np.flatnonzero((matrix + matrix.T)[1:].sum(axis=1)) + 1

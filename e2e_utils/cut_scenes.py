@@ -47,6 +47,21 @@ def cut_scenes(
     Raises:
         ValueError: no sound COCO file, see `read_coco`; `val_share` out of range; or a
             scene that cannot be read, has one row, or another size than the file says.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import cv2, json
+        >>> car = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 90, 9, 9]}
+        >>> scene = {"id": 1, "file_name": "a.png", "width": 80, "height": 100}
+        >>> labels = {"images": [scene], "annotations": [car]}
+        >>> labels["categories"] = [{"id": 1, "name": "car"}]
+        >>> black = np.zeros((100, 80, 3), np.uint8)
+        >>> with TemporaryDirectory() as folder:
+        ...     written = cv2.imwrite(f"{folder}/a.png", black)
+        ...     size = Path(folder, "a.json").write_text(json.dumps(labels))
+        ...     files = cut_scenes(folder, f"{folder}/a.json", f"{folder}/cut")
+        ...     [read_coco(file).images[0].height for file in files]
+        [75, 25]
     """
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; give a share between 0 and 1")

@@ -68,6 +68,13 @@ def predict_image(
     Returns:
         "boxes_xyxy" float32 (N, 4) in pixels, "labels" int64 (N,), 1..60, "scores"
         float32 (N,) in 0..1, descending; with `class_names` also "names", N str.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> model = build_model("fasterrcnn_small", 3).eval()  # has learned nothing
+        >>> found = predict_image(model, np.zeros((300, 300, 3), np.uint8), 0.9)
+        >>> {name: value.shape for name, value in found.items()}
+        {'boxes_xyxy': (0, 4), 'labels': (0,), 'scores': (0,)}
     """
     _check(image)
     output = model(tensors([image], next(model.parameters()).device))[0]
@@ -122,6 +129,15 @@ def predict_scene(
     Raises:
         ValueError: not 8 bit RGB, no place on Earth (it names the file), or batch_size.
         FileNotFoundError: no such file.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> model = build_model("fasterrcnn_small", 3).eval()  # has learned nothing
+        >>> scene = np.zeros((400, 500, 3), np.uint8)
+        >>> names = ["background", "car", "ship"]
+        >>> found = predict_scene(model, scene, 300, 0.2, class_names=names)
+        >>> list(found)
+        ['boxes_xyxy', 'labels', 'scores', 'names', 'georeference']
     """
     with open_scene(image, stretch=stretch) as scene:
         place = georeference_of(scene)

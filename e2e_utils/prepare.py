@@ -208,6 +208,25 @@ def prepare_tiles(
         ValueError: as `slice_coco`, `split_coco` and `measure_stretch`; a scene is in
             both COCO files, a category in one alone; or no tile is left of a split.
         FailedScenes: see `slice_coco`; both splits are done but for these scenes.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import cv2, json
+        >>> car = {"category_id": 1, "bbox": [5, 90, 9, 9]}
+        >>> cars = [{**car, "id": i, "image_id": i} for i in (1, 2)]
+        >>> scene = {"width": 540, "height": 300}
+        >>> scenes = [{**scene, "id": i, "file_name": f"{i}.png"} for i in (1, 2)]
+        >>> labels = {"images": scenes, "annotations": cars}
+        >>> labels["categories"] = [{"id": 1, "name": "car"}]
+        >>> black = np.zeros((300, 540, 3), np.uint8)
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("1.png", "2.png"):
+        ...         _ = cv2.imwrite(f"{folder}/{name}", black)
+        ...     coco = Path(folder, "labels.json")
+        ...     _ = coco.write_text(json.dumps(labels))
+        ...     reports = prepare_tiles(folder, coco, Path(folder, "tiles"))
+        >>> {split: report.tiles for split, report in reports.items()}
+        {'train': 1, 'val': 2}
     """
     out = Path(output_dir)
     slice_size = checked_size(slice_size, min_area_ratio, negative_ratio)

@@ -22,6 +22,11 @@ def fullest_tile(grid: np.ndarray, boxes_xyxy: np.ndarray) -> int:
     Args:
         grid: int (N, 4), xyxy of the tiles, of `grid.tile_grid`.
         boxes_xyxy: (M, 4) in pixels of the scene.
+
+    Example:
+        >>> grid = np.array([[0, 0, 300, 300], [240, 0, 540, 300]])
+        >>> fullest_tile(grid, np.array([[500, 10, 520, 30]]))
+        1
     """
     centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     inside = (grid[:, None, :2] <= centres) & (centres < grid[:, None, 2:])
@@ -38,6 +43,12 @@ def show_shrunk(
         tile: int (4,), xyxy of the tile.
         side: of the scene, in pixels.
         to: what that side is shrunk to.
+
+    Example:
+        >>> scene, tile = np.zeros((400, 540, 3), np.uint8), np.array([0, 0, 300, 300])
+        >>> figure = show_shrunk(scene, tile, side=3000)
+        >>> [axis.get_title() for axis in figure.axes]
+        ['3,000 px shrunk to 640', 'at its own size']
     """
     x1, y1, x2, y2 = tile
     spot = image[y1:y2, x1:x2]
@@ -56,6 +67,13 @@ def size_table(scenes: dict, tiles: dict, overlap: float) -> Any:
         scenes, tiles: contents of COCO files with the same categories.
         overlap: of the tiles, in pixels; the table has the share of the objects of
             the scenes whose longer side is more.
+
+    Example:
+        >>> car, part = ({"category_id": 1, "bbox": [0, 0, w, 16]} for w in (64, 25))
+        >>> classes = {"categories": [{"id": 1, "name": "car"}]}
+        >>> of_scenes, of_tiles = ({**classes, "annotations": [a]} for a in (car, part))
+        >>> size_table(of_scenes, of_tiles, 60).data.splitlines()[2]
+        '| car | 32 | 32 | 100% | 20 | 20 |'
     """
     names = {category["id"]: category["name"] for category in scenes["categories"]}
     rows = []
@@ -90,6 +108,12 @@ def show_grid(
         grid: int (N, 4), xyxy of the tiles, of `grid.tile_grid`.
         tile: index of the bright one.
         width: of the picture in pixels.
+
+    Example:
+        >>> scene = np.zeros((300, 540, 3), np.uint8)
+        >>> grid = np.array([[0, 0, 300, 300], [240, 0, 540, 300]])
+        >>> show_grid(scene, grid, 0).axes[0].images[0].get_array().shape
+        (444, 800, 3)
     """
     scale = width / image.shape[1]
     canvas = scaled(image, scale)
@@ -139,6 +163,14 @@ def show_shared(
 
     Raises:
         ValueError: there is no object.
+
+    Example:
+        >>> scene = np.zeros((300, 540, 3), np.uint8)
+        >>> grid = np.array([[0, 0, 300, 300], [240, 0, 540, 300]])
+        >>> roof = np.array([[200, 50, 330, 150]]), np.array([1])
+        >>> figure = show_shared(scene, grid, *roof, ["background", "roof"])
+        >>> [axis.get_title() for axis in figure.axes]
+        ['roof, 77% of it', 'roof, 69% of it']
     """
     boxes = np.asarray(boxes_xyxy, float).reshape(-1, 4)
     tile, which, parts = clip_to_tiles(boxes, grid, min_area_ratio)

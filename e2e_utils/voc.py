@@ -63,6 +63,21 @@ def voc_to_coco(
             the picture, a box is inverted or reaches beyond the picture, a class is
             not in `class_names`, or two files describe one picture. The message names
             the file and the value.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import cv2
+        >>> box = "<xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>20</ymax>"
+        >>> tree = f"<object><name>Tree</name><bndbox>{box}</bndbox></object>"
+        >>> size = "<size><width>80</width><height>60</height></size>"
+        >>> text = f"<annotation><filename>a.png</filename>{size}{tree}</annotation>"
+        >>> black = np.zeros((60, 80, 3), np.uint8)
+        >>> with TemporaryDirectory() as folder:
+        ...     written = cv2.imwrite(f"{folder}/a.png", black)
+        ...     characters = Path(folder, "a.xml").write_text(text)
+        ...     coco = voc_to_coco(folder, folder, f"{folder}/labels.json")
+        >>> coco.annotations[0].bbox
+        Box(x=0.0, y=0.0, width=10.0, height=20.0)
     """
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel is {first_pixel!r}; give 1 (VOC) or 0")
