@@ -124,7 +124,7 @@ def test_it_opens_on_the_first_notebook_with_its_headings_and_keeps_its_token(
     )
     counts = run_all(page, address, "01_install", code_cells(folder, "01_install"))
     assert len(counts) > 3, counts
-    assert "checked, none failed" in page.locator(".jp-Notebook").inner_text()
+    assert "skipped, none failed" in page.locator(".jp-Notebook").inner_text()
     assert complaints(page) == []
 
 
