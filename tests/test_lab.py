@@ -100,8 +100,8 @@ def run_all(page, address: str, name: str, cells: int) -> list[str]:  # noqa: F8
     """Run the notebook on show to its end; the counts that its bars went through."""
     wait_for_kernel(page, address, name)
     page.evaluate(WATCH)
-    page.get_by_text("Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    page.locator(".lm-MenuBar-item").get_by_text("Run", exact=True).click()
+    page.locator(".lm-Menu-item").get_by_text("Run All Cells", exact=True).click()
     page.wait_for_function(DONE, arg=cells, timeout=240_000)
     assert page.locator(FAILED).all_inner_texts() == []
     return page.evaluate("[...counts]")
