@@ -89,7 +89,9 @@ def test_every_page_from_the_first_to_the_last_fits_a_phone(site, page):  # noqa
             break
         following.click()
         page.wait_for_load_state()
-    assert page.complaints == []
+    # a page that is left at once takes its icon's request with it
+    left = "favicon.svg: net::ERR_ABORTED"
+    assert [text for text in page.complaints if not text.endswith(left)] == []
     assert len(set(seen)) == len(seen) > 60
     files = [*ROOT.glob("notebooks/*.ipynb"), ROOT / "kserve_utils" / "FAULTS.md"]
     pages = {f"/{f.relative_to(ROOT).with_suffix('.html')}" for f in files}
