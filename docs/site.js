@@ -5,8 +5,13 @@ addEventListener("load", () => {
   const list = document.querySelector(".sidebar-scroll");
   if (entry && list && matchMedia("(min-width: 64em)").matches)
     list.scrollTop += entry.getBoundingClientRect().top - innerHeight / 2;
-  setTimeout(() => { // Sphinx marks after the page is there
-    const marked = location.hash ? null : document.querySelector("article .highlighted");
+  if (location.hash) return;
+  const shown = () => {
+    const marked = document.querySelector("article .highlighted");
     marked?.scrollIntoView({ block: "center" });
-  }, 200);
+    return marked;
+  };
+  if (!shown()) // Sphinx marks when the page is there, or a moment later
+    new MutationObserver((_, observer) => shown() && observer.disconnect()).observe(
+      document.querySelector("article"), { childList: true, subtree: true });
 });

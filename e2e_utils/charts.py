@@ -90,7 +90,7 @@ def histogram(
     Args:
         values: numbers.
         xlabel, ylabel: of the axes.
-        marks: {what the line means: where it stands}, three at most; named at the line.
+        marks: {what the line means: where it stands}, named at the line.
 
     Example:
         >>> histogram([3, 130], "objects", "tiles", marks={"cap": 100}).get_label()
@@ -102,9 +102,12 @@ def histogram(
     at = axis.get_xaxis_transform()  # x of the data, y a share of the axis
     inks = ("black", as_hex(COLORS["score"]), as_hex(COLORS["false"]))
     for row, (text, value) in enumerate(marks.items()):
-        axis.axvline(value, color=inks[row], ls=("-", "--", ":")[row])
-        how: dict = {"color": inks[row], "ha": "right", "va": "top", "size": 9}
-        axis.text(value, 0.98 - 0.13 * row, f"{text}: {value:g}  ", transform=at, **how)
+        ink = inks[row % 3]
+        axis.axvline(value, color=ink, ls=("-", "--", ":")[row % 3])
+        side = "right" if value > np.mean(axis.get_xlim()) else "left"  # of the text
+        how: dict = {"color": ink, "ha": side, "va": "top", "size": 9}
+        said = f"  {text}: {value:g}  "  # with room beside the line
+        axis.text(value, 0.98 - 0.13 * row, said, transform=at, **how)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     figure.set_label(f"histogram of {xlabel}, {min(values):g} to {max(values):g}")
     return figure

@@ -17,20 +17,19 @@ from .visualize import COLORS, class_color, draw_boxes, rectangles, scaled, show
 
 
 def fullest_tile(grid: np.ndarray, boxes_xyxy: np.ndarray) -> int:
-    """The index of the tile that the centres of most boxes lie in.
+    """The index of the tile that holds at least half of each of the most boxes.
 
     Args:
         grid: int (N, 4), xyxy of the tiles, of `grid.tile_grid`.
-        boxes_xyxy: (M, 4) in pixels of the scene.
+        boxes_xyxy: (M, 4) in pixels of the scene, each of area 1 or more.
 
     Example:
         >>> grid = np.array([[0, 0, 300, 300], [240, 0, 540, 300]])
         >>> fullest_tile(grid, np.array([[500, 10, 520, 30]]))
         1
     """
-    centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    inside = (grid[:, None, :2] <= centres) & (centres < grid[:, None, 2:])
-    return int(inside.all(axis=2).sum(axis=1).argmax())
+    tile, _, _ = clip_to_tiles(np.asarray(boxes_xyxy, float), grid, 0.5)
+    return int(np.bincount(tile, minlength=1).argmax())
 
 
 def show_shrunk(
@@ -76,14 +75,12 @@ def size_table(scenes: dict, tiles: dict, overlap: float) -> Any:
         '| car | 32 | 32 | 100% | 20 | 20 |'
     """
     names = {category["id"]: category["name"] for category in scenes["categories"]}
-    rows = []
+    both, rows = [], []
+    for coco in (scenes, tiles):
+        boxes = [(a["category_id"], *a["bbox"][2:]) for a in coco["annotations"]]
+        both.append(np.array(boxes, float).reshape(-1, 3))
     for number, name in names.items():
-        before, after = (
-            np.array(
-                [a["bbox"][2:] for a in c["annotations"] if a["category_id"] == number]
-            )
-            for c in (scenes, tiles)
-        )
+        before, after = (of[of[:, 0] == number, 1:] for of in both)
         if len(before):
             over = np.mean(before.max(axis=1) > overlap)
             rows.append([name, *_median_and_90th(before), f"{over:.0%}"])

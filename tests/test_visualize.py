@@ -69,6 +69,7 @@ def test_the_figures_are_made():
     assert [line.get_xdata() for line in axis.lines] == [[2, 2], [3, 3]]
     assert [text.get_text().strip() for text in axis.texts] == ["cap: 2", "most: 3"]
     assert len({(m.get_color(), m.get_linestyle()) for m in axis.lines}) == 2
+    assert [text.get_ha() for text in axis.texts] == ["left", "right"], "of the line"
     figure = lines({"a": ([1, 2], [3, 4]), "b": ([1], [2])}, "x", "y", ends={"a": "x"})
     assert len(figure.axes[0].lines) == 3 and figure.get_label() == "y against x: a, b"
 
@@ -170,7 +171,7 @@ def test_the_grid_shows_one_tile_and_what_all_of_them_share():
 def test_the_fullest_tile_is_shown_shrunk_and_at_its_own_size():
     boxes = np.array([[10, 10, 30, 30], [180, 20, 260, 60], [300, 20, 310, 30]])
     fullest = fullest_tile(GRID, boxes)
-    assert GRID[fullest].tolist() == [150, 0, 350, 200], "two of three centres"
+    assert GRID[fullest].tolist() == [150, 0, 350, 200], "two of three boxes"
     scene = np.tile(np.uint8([[[0] * 3, [200] * 3]]), (300, 250, 1))  # stripes of 1 px
     small, own = show_shrunk(scene, GRID[fullest], 1280).axes
     assert small.get_title() == "1,280 px shrunk to 640"
