@@ -8,14 +8,18 @@ efficientnet_lite.py and autocast.py.
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from sysconfig import get_path
 
 import numpy as np
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -28,13 +32,21 @@ Check = Callable[[], str]
 
 
 def jpeg_round_trip() -> str:
-    """OpenCV writes and reads a tile."""
+    """OpenCV writes and reads a tile, and no second package has put files over it."""
     import cv2
 
+    owners = providers("cv2")
+    _equal("what provides cv2", owners, ["opencv-python-headless"])
     _, data = cv2.imencode(".jpg", SCENE[:300, :300])
     shape = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)).shape
     _equal("the shape of the tile", shape, (300, 300, 3))
-    return "a tile of 300 px as JPEG, written and read"
+    return "a tile of 300 px as JPEG, written and read; no other package holds cv2"
+
+
+def providers(module: str) -> list[str]:
+    """Packages of this environment that install a module, one below it left out."""
+    here = distributions(path=[get_path("purelib")])
+    return [d.name for d in here if any(f.parts[0] == module for f in d.files or ())]
 
 
 def tiff_round_trip() -> str:
@@ -193,6 +205,19 @@ def smoke_test(
             there = "not installed"
         rows.append((name, there, said[:300]))
     return rows
+
+
+def machine() -> dict[str, str]:
+    """Python, system, cores, memory in GiB and GPUs that torch can use, in words."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
+        "memory": f"{memory:.0f} GiB",
+        "GPU": ", ".join(gpus) or "none that torch can use; all runs without one",
+    }
 
 
 def failed(rows: list[tuple[str, str, str]]) -> list[str]:

@@ -1,9 +1,14 @@
+import pytest
 from commands import python
 
+from e2e_utils import smoke_test as smoke_test_module
 from e2e_utils.smoke_test import (
     CHECKS,
     _equal,
     failed,
+    jpeg_round_trip,
+    machine,
+    providers,
     skipped,
     smoke_test,
     starts,
@@ -33,3 +38,21 @@ def test_a_check_that_fails_is_told_and_stops_no_other():
 def test_all_libraries_of_this_environment_pass():
     lines = python("-m", "e2e_utils.smoke_test").splitlines()
     assert [line.split()[0] for line in lines] == list(CHECKS)
+
+
+def test_a_second_package_that_holds_cv2_is_told(tmp_path, monkeypatch):
+    for name in ("opencv-python", "opencv-python-headless"):
+        info = tmp_path / f"{name.replace('-', '_')}-5.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n")
+        (info / "RECORD").write_text("cv2/__init__.py,,\n")
+    monkeypatch.setattr(smoke_test_module, "get_path", lambda _: str(tmp_path))
+    assert sorted(providers("cv2")) == ["opencv-python", "opencv-python-headless"]
+    with pytest.raises(RuntimeError, match="cv2 should be .*headless'], got .*python'"):
+        jpeg_round_trip()
+
+
+def test_the_machine_is_described_in_words():
+    told = machine()
+    assert list(told) == ["Python", "system", "cores", "memory", "GPU"]
+    assert told["memory"].endswith(" GiB") and int(told["cores"].split(",")[0]) >= 1
