@@ -95,7 +95,7 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text: an indented paragraph is code, a star is a star."""
     own: set[str] = set()
     if what in ("function", "method", "class"):
-        with contextlib.suppress(ValueError):  # of a class that Python does not write
+        with contextlib.suppress(TypeError, ValueError):  # it has none
             own = set(inspect.signature(obj).parameters)
 
     def plain(match: re.Match) -> str:
