@@ -116,7 +116,7 @@ def lite0_fpn(weights: str | None, backbone_norm: str = "batch") -> BackboneWith
         [(64, 24, 24), (64, 12, 12), (64, 6, 6)]
     """
     if backbone_norm not in ("batch", "folded"):
-        raise ValueError(f"backbone_norm is {backbone_norm!r}; give 'batch', 'folded'")
+        raise ValueError(f"backbone_norm is {backbone_norm!r}, not 'batch' or 'folded'")
     body = efficientnet_lite0(weights)
     if backbone_norm == "folded":
         fold_norms(body)
@@ -164,7 +164,7 @@ def resnet_fpn(
     """
     norms = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
     if backbone_norm not in norms:
-        raise ValueError(f"backbone_norm is {backbone_norm!r}; give 'batch', 'frozen'")
+        raise ValueError(f"backbone_norm is {backbone_norm!r}, not 'batch' or 'frozen'")
     norm = partial(norms[backbone_norm], eps=norm_eps)
     net = get_model(body, weights=weights, norm_layer=norm)
     stages, extra = [1, 2, 3, 4], None
