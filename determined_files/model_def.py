@@ -23,8 +23,9 @@ from e2e_utils.evaluate import METRICS, coco_metrics, detect, searcher_metrics
 from e2e_utils.experiment import fetch_tiles, train_config
 from e2e_utils.hardware import native_precisions
 from e2e_utils.optim import update_ema
-from e2e_utils.run import Run, gather
-from e2e_utils.train import check_finite, forward_losses, seed_step
+from e2e_utils.processes import gather
+from e2e_utils.run import Run, check_finite
+from e2e_utils.train import forward_losses, seed_step
 
 
 class CocoReducer(pytorch.MetricReducer):

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from determined import core, pytorch
 
 from e2e_utils.experiment import absolute_init, fetch_tiles, load_config
-from e2e_utils.run import start_process_group
+from e2e_utils.processes import start_process_group
 
 if __package__:
     from determined_files.model_def import ObjectDetectionTrial

@@ -5,19 +5,26 @@ as https://github.com/OWNER/NAME, adds links to clone it, to edit a page and to 
 notebook elsewhere; without it there are none.
 """
 
+import contextlib
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.search.en import SearchEnglish
+from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxRole
+from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from pages import FOLDER, arrange, links_of  # noqa: E402
+from pages import arrange, links_of  # noqa: E402
+from sources import FOLDER  # noqa: E402
 
 REPOSITORY = os.environ.get("SITE_REPOSITORY", "").rstrip("/")
 
@@ -49,7 +56,7 @@ autodoc_preserve_defaults = True
 autodoc_mock_imports = ["ts"]  # TorchServe; it prints what it finds on the machine
 viewcode_follow_imported_members = False  # would import it after all
 napoleon_use_rtype = False
-default_role = "code"  # `name` in a docstring
+default_role = "named"  # `name` in a docstring: a link if it is a helper, else code
 add_module_names = False
 python_use_unqualified_type_names = True
 
@@ -72,6 +79,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # an indented paragraph below one that is not
 BLOCK = re.compile(r"(^\S.*\n\n)((?:^(?: {4}.*)?\n)*^ {4}.*$)", re.M)
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 STAR = re.compile(r"(`[^`]*`)|\*")
 TITLE, JOINT = re.compile(r"<h1>[\w./]+"), re.compile(r"[./_]")
 
@@ -85,19 +93,80 @@ class Digits(SearchEnglish):
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text: an indented paragraph is code, a star is a star."""
+    own: set[str] = set()
+    if what in ("function", "method", "class"):
+        with contextlib.suppress(TypeError, ValueError):  # it has none
+            own = set(inspect.signature(obj).parameters)
+
+    def plain(match: re.Match) -> str:
+        if match[1] is None:
+            return r"\*"
+        # an argument of this very function is no link to a helper of the same name
+        return f":code:{match[1]}" if match[1].strip("`") in own else match[1]
+
     pieces = BLOCK.split("\n".join(lines))
     for number, piece in enumerate(pieces):
         if number % 3 == 2:
             language = "pycon" if ">>>" in piece else "text"
             pieces[number] = f".. code-block:: {language}\n\n{piece}\n"
         else:
-            pieces[number] = STAR.sub(lambda match: match[1] or r"\*", piece)
+            pieces[number] = STAR.sub(plain, piece)
     lines[:] = "".join(pieces).splitlines()
 
 
 def defaults(app, what, name, obj, options, signature, result):
     """A dataclass's `<factory>` is no Python: Sphinx could not read the types."""
     return (signature or "").replace("<factory>", "...") or None, result
+
+
+class Named(SphinxRole):
+    """Code; a link if it is the name of a helper: `fit`, `train.fit`, `Run.save`."""
+
+    def run(self) -> tuple[list[nodes.Node], list]:
+        code = nodes.literal(self.rawtext, self.text, classes=["code"])
+        if not NAME.fullmatch(self.text):
+            return [code], []
+        options = {"reftype": "named", "reftarget": self.text, "refdomain": ""}
+        options |= {"module": self.env.ref_context.get("py:module", "")}
+        options |= {"refdoc": self.env.docname}
+        return [addnodes.pending_xref(self.rawtext, code, **options)], []
+
+
+def resolve(app, env, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+    """The link of a name: to its own module, or wherever else it is the only one."""
+    if node["reftype"] != "named":
+        return None
+    name, objects = node["reftarget"], env.get_domain("py").objects
+    # a method, an attribute or a module has too common a name to stand alone
+    kinds = {"function", "class", "exception"}
+    if "." in name:
+        kinds |= {"method", "module"}
+    fits = [
+        full
+        for full, found in objects.items()
+        if f".{full}".endswith(f".{name}") and found.objtype in kinds
+    ]
+    own = f"{node['module']}.{name}"
+    if own not in fits and len(fits) != 1:
+        return content
+    found = objects[own if own in fits else fits[0]]
+    where = app.builder, node["refdoc"], found.docname, found.node_id
+    return make_refnode(*where, content)
+
+
+class BothThemes(SphinxTransform):
+    """A diagram as it is in the light and in the dark; Furo shows the one that fits."""
+
+    default_priority = 1
+
+    def apply(self) -> None:
+        for light in list(self.document.findall(nodes.image)):
+            if light["uri"].endswith(".svg"):
+                dark, stem = light.deepcopy(), light["uri"].removesuffix(".svg")
+                light.parent.insert(light.parent.index(light) + 1, dark)
+                for image, theme in ((light, "light"), (dark, "dark")):
+                    image["uri"] = f"{stem}.{theme}.svg"
+                    image["classes"].append(f"only-{theme}")
 
 
 def dashes_and_pictures(app: Sphinx, doctree: nodes.document) -> None:
@@ -111,6 +180,9 @@ def dashes_and_pictures(app: Sphinx, doctree: nodes.document) -> None:
 
 def setup(app: Sphinx) -> None:
     app.add_search_language(Digits)
+    app.add_role("named", Named())
+    app.add_transform(BothThemes)
+    app.connect("missing-reference", resolve)
     sources = arrange(ROOT, Path(app.srcdir), REPOSITORY)
     app.config.html_extra_path = [str(Path(app.srcdir) / FOLDER)]
 

@@ -13,16 +13,11 @@ import os
 import re
 from pathlib import Path
 
+from sources import Site, link, quoted, toctree
+
 PACKAGES = ("e2e_utils", "kserve_utils")
-PICTURES = {".jpg", ".jpeg", ".png", ".svg", ".gif", ".webp"}
-LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json"}
-FOLDER = "_pictures"  # of what Sphinx copies as it is: pictures in HTML, the notebooks
-# Titles in the sidebar, where a page's own is too long to find it by.
-ANSWERS = {
-    "FAQ.md": "FAQ",
-    "benchmarks/README.md": "Benchmark results",
-    "kserve_utils/FAULTS.md": "Server errors",
-}
+# Markdown files that the sidebar lists under the notebooks; the others come last.
+GUIDE = ("FAQ.md", "kserve_utils/FAULTS.md", "benchmarks/README.md")
 # Of the floors that CONTRIBUTING.md lists, in their order.
 STAGES = (
     "Files, boxes and pictures",
@@ -34,107 +29,14 @@ STAGES = (
 )
 # Of the other package; its modules that are not named here come last.
 SERVING = {
-    "The artefact and what runs it": "artefact graphs export engines approve"
-    " side_by_side",
+    "Artefact and engines": "artefact graphs export engines approve side_by_side",
     "Clients, and servers to try": "client servers cluster try_page",
     "The predictor on KServe": "predictor",
     "The handler of TorchServe": "torchserve_utils",
 }
 
-# [text](target), [name]: target, and src="target" of HTML
-LINK = re.compile(
-    r"""(\]\(|^\[[^\]\n]+\]: |\b(?:src|srcset|href)=["'])([^)\s"'#]+)""", re.M
-)
-ANCHOR = re.compile(r"(\]\((?!\w+:)[^)\s#]*#)([^)\s]+)")  # [text](page#Heading)
 # what the site leaves out: a picture that another host draws, how to make the site
 ELSEWHERE = re.compile(r"^(\[!\[|\| read all of it as web pages).*\n", re.M)
-
-
-class DeadLink(ValueError):
-    """A page links to what the repository does not hold."""
-
-
-class Site:
-    """The pages and where they come from; all paths are relative, with "/"."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.page_of: dict[str, str] = {}  # file of the repository -> page
-        self.text: dict[str, str] = {}  # page -> its source
-        self.copied: set[str] = set()
-
-    def add(self, file: str, page: str, text: str = "") -> str:
-        self.page_of[file], self.text[page] = page, text
-        return page
-
-    def read(self, file: str) -> str:
-        return (self.root / file).read_text(encoding="utf-8", errors="replace")
-
-    def find(self, path: str, reason: str) -> str:
-        """The page of a file or folder, which is made where there is none yet."""
-        file = self.root / path
-        if path in self.page_of:
-            return self.page_of[path]
-        if path.startswith("..") or not file.exists():
-            raise DeadLink(f"{reason}, which is not there")
-        if file.suffix.lower() in PICTURES:
-            self.copied.add(path)
-            return path
-        page = self.add(path, f"files/{path}.md")
-        if file.is_dir():
-            names = [f"{path}/{f.name}" for f in sorted(file.iterdir()) if f.is_file()]
-            rows = [(name, self.find(name, path)) for name in names]
-            body = "".join(f"- {link(page, *row)}\n" for row in rows)
-        else:
-            body = quoted(self.read(path), file.suffix)
-        self.text[page] = f"---\norphan: true\n---\n# {path}\n\n{body}"
-        return page
-
-    def linked(self, file: str, text: str) -> str:
-        """The text of a file with its links turned to pages of the site.
-
-        Raises:
-            DeadLink: names the file and the link.
-        """
-
-        def turned(match: re.Match) -> str:
-            before, target = match.groups()
-            if re.match(r"\w+:", target):  # https:, mailto:
-                return match[0]
-            path = os.path.normpath(os.path.join(os.path.dirname(file), target))
-            page = self.find(path, f"{file} links to {target}")
-            if page in self.copied and before == "](":
-                return f"{before}/{FOLDER}/{page}"
-            if before[-1] in "\"'":  # HTML, which Sphinx leaves as it is
-                page = re.sub(r"\.(md|rst|ipynb)$", ".html", page)
-            return before + relative(self.page_of[file], page)
-
-        return ANCHOR.sub(lambda m: m[1] + slug(m[2]), LINK.sub(turned, text))
-
-    def write(self, folder: Path) -> None:
-        """Make a folder hold these pages and no others; equal files stay untouched."""
-        wanted = {folder / page: text.encode() for page, text in self.text.items()}
-        for name in self.copied:
-            wanted[folder / FOLDER / name] = (self.root / name).read_bytes()
-        for path in [p for p in folder.rglob("*") if p.is_file() and p not in wanted]:
-            path.unlink()
-        for path, content in wanted.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.is_file() or path.read_bytes() != content:
-                path.write_bytes(content)
-
-
-def slug(heading: str) -> str:
-    """A heading's anchor as GitHub makes it; JupyterLab keeps capitals and commas."""
-    return re.sub(r"[^\w-]", "", heading.lower())
-
-
-def relative(page: str, other: str) -> str:
-    return os.path.relpath(other, os.path.dirname(page) or ".")
-
-
-def link(page: str, name: str, other: str) -> str:
-    return f"[{name}]({relative(page, other)})"
 
 
 def alternative(cell: dict) -> str:
@@ -143,11 +45,6 @@ def alternative(cell: dict) -> str:
         kind for one in cell["outputs"] for kind in one.get("metadata", {}).values()
     )
     return "; ".join(kind["alt"] for kind in kinds if "alt" in kind)
-
-
-def quoted(text: str, suffix: str) -> str:
-    """The text of a file as a block of code."""
-    return f"`````{LANGUAGES.get(suffix, 'text')}\n{text.rstrip()}\n`````\n"
 
 
 def opening(text: str, suffix: str) -> tuple[str, str]:
@@ -181,44 +78,43 @@ def stages(root: Path) -> dict[str, str]:
     return found
 
 
-def toctree(pages: list[str], caption: str = "") -> str:
-    head = f":caption: {caption}\n" if caption else ""
-    paths = {page: f"/{os.path.splitext(page)[0]}" for page in pages}
-    names = "\n".join(
-        f"{ANSWERS[page]} <{path}>" if page in ANSWERS else path
-        for page, path in paths.items()
-    )
-    return f"\n```{{toctree}}\n:hidden:\n{head}\n{names}\n```\n"
+def add_modules(site: Site) -> dict[str, list[str]]:
+    """A page for each public module of PACKAGES, each stage, and all of them.
 
-
-def add_modules(site: Site) -> str:
-    """A page for each public module of PACKAGES; the page that lists them."""
+    Returns:
+        The pages of a package's stages, which list those of its modules; first of all
+        the page that lists every module.
+    """
     index = site.add("e2e_utils", "api/index.md")
-    rows, pages = "", []
-    stage_of = stages(site.root)
-    order = list(stage_of)
+    rows, stage_of = "", stages(site.root)
+    found: dict[str, list[str]] = {}
     for package in PACKAGES:
         site.page_of[package] = index
-        rows += f"\n## {package}\n\n"
-        stage = ""
         paths = sorted((site.root / package).rglob("[!_]*.py"))
         files = [path.relative_to(site.root).as_posix() for path in paths]
-        known = [file for file in order if file in files]
+        known = [file for file in stage_of if file in files]
+        modules: dict[str, dict[str, str]] = {}  # stage -> page -> what it is for
         for file in known + [file for file in files if file not in stage_of]:
-            if stage != stage_of.get(file, ""):
-                stage = stage_of.get(file, "Others")
-                rows += f"\n### {stage}\n\n"
             name = file.removesuffix(".py").replace("/", ".")
             if not name.replace(".", "").isidentifier():  # a script, not to be imported
                 continue
             title = f"{name}\n{'=' * len(name)}\n\n"
             page = site.add(file, f"api/{name}.rst", f"{title}.. automodule:: {name}\n")
-            pages.append(page)
             first = opening(site.read(file), ".py")[0].partition("\n")[0]
-            rows += f"- {link(index, name, page)}: {first}\n"
+            row = f"- {link(index, name, page)}: {first}\n"
+            modules.setdefault(stage_of.get(file, "Others"), {})[page] = row
+        rows += f"\n## {package}\n"
+        found[package] = []
+        for stage, pages in modules.items():
+            rows += f"\n### {stage}\n\n{''.join(pages.values())}"
+            page = f"api/{'-'.join(re.findall(r'[a-z]+', stage.lower()))}.md"
+            text = f"# {stage}\n\n{''.join(pages.values())}{toctree([*pages])}"
+            site.text[page] = text
+            found[package].append(page)
     about = "Every function and class that is meant to be called, from its docstring.\n"
-    site.text[index] = f"# The helpers\n\n{about}{rows}{toctree(pages)}"
-    return index
+    site.text[index] = f"# All helpers\n\n{about}{rows}"
+    found[PACKAGES[0]].insert(0, index)
+    return found
 
 
 def add_benchmarks(site: Site) -> str:
@@ -265,7 +161,7 @@ def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
     for file in [*notebooks, *files]:
         site.add(file, "index.md" if file == "README.md" else file)
     site.page_of["notebooks"] = "index.md"
-    reference = [add_modules(site), add_benchmarks(site)]
+    modules, benchmarks = add_modules(site), add_benchmarks(site)
     for file in files:
         text = ELSEWHERE.sub("", site.read(file))
         if repository and file == "README.md":
@@ -282,12 +178,14 @@ def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
                 cell["metadata"]["mystnb"] = {"image": {"alt": told}}
         site.text[file] = json.dumps(notebook)
     site.copied.update(notebooks)
-    project = [file for file in files if file not in {"README.md", *ANSWERS}]
+    site.link_back()
     site.text["index.md"] += (
         toctree(notebooks, "Notebooks")
-        + toctree([file for file in ANSWERS if file in files], "Answers")
-        + toctree(reference, "Reference")
-        + toctree(project, "Project")
+        + toctree([file for file in GUIDE if file in files], "Guide")
+        + toctree(modules["e2e_utils"], "Helpers")
+        + toctree(modules["kserve_utils"], "Serving")
+        + toctree([benchmarks], "Benchmarks")
+        + toctree([f for f in files if f not in {"README.md", *GUIDE}], "Project")
     )
     site.write(folder)
     files = [file for file in site.page_of if (root / file).is_file()]

@@ -50,6 +50,15 @@ def boxes_in_float32(model: nn.Module) -> None:
     Args:
         model: a FasterRCNN, FCOS, RetinaNet or SSD of torchvision, changed in place.
             Those of `build_model` come so.
+
+    Example:
+        >>> from torchvision.models.detection import fcos_resnet50_fpn
+        >>> untrained = {"weights": None, "weights_backbone": None, "min_size": 64}
+        >>> model = fcos_resnet50_fpn(**untrained).eval()
+        >>> boxes_in_float32(model)
+        >>> with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ...     model([torch.zeros(3, 64, 64)])[0]["boxes"].dtype
+        torch.float32
     """
     if isinstance(model, FasterRCNN):
         heads = [model.rpn.head, model.roi_heads.box_predictor]

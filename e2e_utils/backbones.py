@@ -82,6 +82,11 @@ def small_fpn(weights: str | None) -> BackboneWithFPN:
 
     Raises:
         ValueError: it has no pretrained weights.
+
+    Example:
+        >>> maps = small_fpn(None)(torch.zeros(1, 3, 96, 96))
+        >>> [tuple(one.shape[1:]) for one in maps.values()]
+        [(64, 24, 24), (64, 12, 12), (64, 6, 6)]
     """
     if weights is not None:
         raise ValueError(
@@ -104,11 +109,14 @@ def lite0_fpn(weights: str | None, backbone_norm: str = "batch") -> BackboneWith
     Raises:
         ValueError: `backbone_norm` is neither.
         RuntimeError: the weights are not there.
+
+    Example:
+        >>> maps = lite0_fpn(None)(torch.zeros(1, 3, 96, 96))
+        >>> [tuple(one.shape[1:]) for one in maps.values()]
+        [(64, 24, 24), (64, 12, 12), (64, 6, 6)]
     """
     if backbone_norm not in ("batch", "folded"):
-        raise ValueError(
-            f"backbone_norm must be 'batch' or 'folded', got {backbone_norm!r}"
-        )
+        raise ValueError(f"backbone_norm is {backbone_norm!r}, not 'batch' or 'folded'")
     body = efficientnet_lite0(weights)
     if backbone_norm == "folded":
         fold_norms(body)
@@ -117,7 +125,12 @@ def lite0_fpn(weights: str | None, backbone_norm: str = "batch") -> BackboneWith
 
 
 def features_fpn(body: str, weights: str | None) -> BackboneWithFPN:
-    """A ConvNeXt or an EfficientNet under an FPN at strides 4 to 64."""
+    """A ConvNeXt or an EfficientNet under an FPN at strides 4 to 64.
+
+    Example:
+        >>> features_fpn("efficientnet_b4", None).body.return_layers
+        {'2': '0', '3': '1', '5': '2', '7': '3'}
+    """
     stages = _STAGES[body]
     names = {str(index): str(level) for level, index in enumerate(stages)}
     features = get_model(body, weights=weights).features
@@ -143,12 +156,15 @@ def resnet_fpn(
 
     Raises:
         ValueError: `backbone_norm` is neither "batch" nor "frozen".
+
+    Example:
+        >>> maps = resnet_fpn("resnet50", 256, None, None)(torch.zeros(1, 3, 128, 128))
+        >>> [one.shape[-1] for one in maps.values()]  # strides 8 to 128
+        [16, 8, 4, 2, 1]
     """
     norms = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
     if backbone_norm not in norms:
-        raise ValueError(
-            f"backbone_norm must be 'batch' or 'frozen', got {backbone_norm!r}"
-        )
+        raise ValueError(f"backbone_norm is {backbone_norm!r}, not 'batch' or 'frozen'")
     norm = partial(norms[backbone_norm], eps=norm_eps)
     net = get_model(body, weights=weights, norm_layer=norm)
     stages, extra = [1, 2, 3, 4], None
@@ -160,7 +176,13 @@ def resnet_fpn(
 
 
 def vgg16_ssd(weights: str | None, trainable_backbone_layers: int = 5) -> nn.Module:
-    """VGG-16 with the further maps of SSD300."""
+    """VGG-16 with the further maps of SSD300.
+
+    Example:
+        >>> maps = vgg16_ssd(None)(torch.zeros(1, 3, 300, 300))
+        >>> [one.shape[-1] for one in maps.values()]
+        [38, 19, 10, 5, 3, 1]
+    """
     vgg = get_model("vgg16", weights=weights)
     return ssd._vgg_extractor(vgg, False, trainable_backbone_layers)
 
@@ -172,15 +194,16 @@ def mobilenet_ssdlite(
 
     Raises:
         ValueError: ImageNet's weights with a reduced tail, which they do not have.
+
+    Example:
+        >>> maps = mobilenet_ssdlite(None).eval()(torch.zeros(1, 3, 320, 320))
+        >>> [one.shape[-1] for one in maps.values()]
+        [20, 10, 5, 3, 2, 1]
     """
     if weights is not None and reduced_tail:
         raise ValueError("ImageNet's MobileNet has no reduced_tail: leave it out")
-    mobilenet = get_model(
-        "mobilenet_v3_large",
-        weights=weights,
-        norm_layer=_MOBILE_NORM,
-        reduced_tail=reduced_tail,
-    )
+    options = {"norm_layer": _MOBILE_NORM, "reduced_tail": reduced_tail}
+    mobilenet = get_model("mobilenet_v3_large", weights=weights, **options)
     if weights is None:
         ssdlite._normal_init(mobilenet)
     return ssdlite._mobilenet_extractor(
@@ -189,7 +212,12 @@ def mobilenet_ssdlite(
 
 
 def small_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of Faster R-CNN on `small_fpn` and `lite0_fpn`."""
+    """Of Faster R-CNN on `small_fpn` and `lite0_fpn`.
+
+    Example:
+        >>> small_heads(None, 3, None)["box_predictor"].cls_score.out_features
+        3
+    """
     return {
         "rpn_anchor_generator": anchors,
         "box_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1),
@@ -199,12 +227,23 @@ def small_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
 
 
 def rcnn_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of Faster R-CNN: those that its constructor makes."""
+    """Of Faster R-CNN: those that its constructor makes.
+
+    Example:
+        >>> rcnn_heads(None, 3, None)["num_classes"]
+        3
+    """
     return {"num_classes": classes, "rpn_anchor_generator": anchors}
 
 
 def rcnn_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of fasterrcnn_resnet50_fpn_v2: deeper, with BatchNorm."""
+    """Of fasterrcnn_resnet50_fpn_v2: deeper, with BatchNorm.
+
+    Example:
+        >>> anchors = AnchorGenerator(((32,),), ((0.5, 1.0, 2.0),))
+        >>> rcnn_v2_heads(None, 3, anchors)["rpn_head"].cls_logits.out_channels
+        3
+    """
     return {
         "num_classes": classes,
         "rpn_anchor_generator": anchors,
@@ -218,7 +257,14 @@ def rcnn_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
 
 
 def fcos_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of FCOS: those that its constructor makes; ValueError for two sizes a level."""
+    """Of FCOS: those that its constructor makes; ValueError for two sizes a level.
+
+    Example:
+        >>> fcos_heads(None, 3, AnchorGenerator(((8, 16),), ((1.0,),)))
+        Traceback (most recent call last):
+            ...
+        ValueError: anchor_sizes is ((8, 16),); FCOS takes one size a level
+    """
     if anchors.num_anchors_per_location()[0] != 1:
         raise ValueError(
             f"anchor_sizes is {anchors.sizes}; FCOS takes one size a level"
@@ -227,7 +273,13 @@ def fcos_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
 
 
 def retinanet_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> dict:
-    """Of retinanet_resnet50_fpn_v2: with GroupNorm, and a loss on IoU."""
+    """Of retinanet_resnet50_fpn_v2: with GroupNorm, and a loss on IoU.
+
+    Example:
+        >>> anchors = AnchorGenerator(((32, 40, 50),), ((0.5, 1.0, 2.0),))
+        >>> retinanet_v2_heads(None, 3, anchors)["head"].regression_head._loss_type
+        'giou'
+    """
     count, norm = anchors.num_anchors_per_location()[0], partial(nn.GroupNorm, 32)
     head = retinanet.RetinaNetHead(256, count, classes, norm)
     head.regression_head._loss_type = "giou"
@@ -235,7 +287,12 @@ def retinanet_v2_heads(_: nn.Module, classes: int, anchors: AnchorGenerator) -> 
 
 
 def ssd300_heads(_: nn.Module, classes: int, __: None) -> dict:
-    """Of SSD300, whose anchors belong to its size."""
+    """Of SSD300, whose anchors belong to its size.
+
+    Example:
+        >>> ssd300_heads(None, 3, None)["size"]
+        (300, 300)
+    """
     anchors = ssd.DefaultBoxGenerator(
         [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
         scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
@@ -245,7 +302,12 @@ def ssd300_heads(_: nn.Module, classes: int, __: None) -> dict:
 
 
 def ssdlite_heads(backbone: nn.Module, classes: int, _: None) -> dict:
-    """Of SSDlite320, whose anchors belong to its size."""
+    """Of SSDlite320, whose anchors belong to its size.
+
+    Example:
+        >>> ssdlite_heads(mobilenet_ssdlite(None), 3, None)["size"]
+        (320, 320)
+    """
     anchors = ssd.DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
     channels = retrieve_out_channels(backbone, (320, 320))
     count = anchors.num_anchors_per_location()

@@ -1,6 +1,6 @@
 """Charts: a learning curve, bars, a histogram, lines, a confusion matrix.
 
-Copy: this file and visualize.py.
+Copy: this file, drawing.py and visualize.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .visualize import COLORS, as_hex, axes, class_color
+from .drawing import COLORS, as_hex, axes
+from .visualize import class_color
 
 
 def learning_curve(records: Sequence[dict], score: str = "AP50") -> Figure:

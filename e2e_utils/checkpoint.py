@@ -96,6 +96,13 @@ def load_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> An
     Raises:
         ValueError: not such a file; the message names it.
         OSError: there is no such file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/last.pt", {"step": 250})
+        ...     load_file(f"{folder}/last.pt")
+        {'step': 250}
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
@@ -116,6 +123,15 @@ def read_checkpoint(
         ValueError: not a checkpoint that describes its detector; the message names the
             file and what it lacks.
         OSError: there is no such file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/other.pt", {"step": 250})
+        ...     read_checkpoint(f"{folder}/other.pt")
+        Traceback (most recent call last):
+            ...
+        ValueError: ...other.pt lacks model, architecture, settings, class_names: ...
     """
     checkpoint = load_file(path, device)
     keys = set(checkpoint) if isinstance(checkpoint, dict) else set()
@@ -171,6 +187,13 @@ def load_detector(checkpoint: dict, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         ValueError: the weights do not fit what the checkpoint says of itself.
+
+    Example:
+        >>> content = {"architecture": "fasterrcnn_small", "settings": {}}
+        >>> content["class_names"] = ["background", "car"]
+        >>> content["model"] = build_model("fasterrcnn_small", 2).state_dict()
+        >>> load_detector(content, "best.pt").training
+        False
     """
     name, classes = checkpoint["architecture"], len(checkpoint["class_names"])
     model = build_model(name, classes, **checkpoint["settings"])
@@ -201,6 +224,18 @@ def start_from(
     Raises:
         ValueError: not such a checkpoint, or one of another architecture, other
             classes, or other settings that change a weight's shape.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> names, models = ["background", "car"], []
+        >>> content = describe(TrainConfig("tiles", "out"), {"class_names": names})
+        >>> old, new = (build_model(content["architecture"], 2) for _ in range(2))
+        >>> content["model"] = old.state_dict()
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/best.pt", content)
+        ...     start_from(new, f"{folder}/best.pt", content["architecture"], names)
+        >>> all(map(torch.equal, old.parameters(), new.parameters()))
+        True
     """
     there = read_checkpoint(path)
     if there["architecture"] != architecture:

@@ -87,6 +87,15 @@ def read_coco(path: str | Path, *, strict: bool = True) -> Coco:
         ValueError: a field is missing or of another type, an id or a picture stands
             twice, an image has no pixels, or what `strict` asks does not hold. The
             message names the file and the value.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "labels.json").write_text('{"images": []}')
+        ...     read_coco(f"{folder}/labels.json")
+        Traceback (most recent call last):
+            ...
+        ValueError: ...: not a COCO file: Object missing required field `annotations`
     """
     path = Path(path)
     try:

@@ -1,7 +1,7 @@
 """Pictures of what a detector found right, found falsely, and missed.
 
-Copy: this file, visualize.py, mistakes.py, boxes.py, truth.py, coco.py, files.py,
-scenes.py, images.py and stretch.py.
+Copy: this file, drawing.py, visualize.py, close_ups.py, mistakes.py, boxes.py,
+truth.py, coco.py, files.py, scenes.py, images.py and stretch.py.
 """
 
 from __future__ import annotations
@@ -14,19 +14,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .close_ups import mistake_close_up
+from .drawing import COLORS, Color, as_hex, axes, rectangles, scaled
 from .mistakes import KINDS, box_array, mistakes, right_false_missed
-from .scenes import read_rgb
-from .visualize import (
-    COLORS,
-    Color,
-    as_hex,
-    axes,
-    close_up,
-    rectangles,
-    scaled,
-    show,
-    show_boxes,
-)
+from .visualize import show, show_boxes
 
 WORDS = {"right": "found right", "false": "false", "missed": "missed"}
 OF_MISTAKES = {
@@ -64,6 +55,13 @@ def draw_matches(
 
     Raises:
         ValueError: the window does not lie in the picture.
+
+    Example:
+        >>> tile = np.zeros((100, 100, 3), np.uint8)
+        >>> truth = {"boxes": [[10, 10, 30, 30], [50, 50, 70, 70]], "labels": [1, 2]}
+        >>> found = {"boxes": [[11, 10, 31, 30]], "labels": [1], "scores": [0.9]}
+        >>> draw_matches(tile, truth, found)[1]
+        {'right': [1], 'false': [], 'missed': [2]}
     """
     height, width = image.shape[:2]
     x1, y1, x2, y2 = window or (0, 0, width, height)
@@ -118,6 +116,13 @@ def show_matches(
     Returns:
         The figure, the counts of each picture in its title; and the counts of all as
         {"right", "false", "missed"}.
+
+    Example:
+        >>> tile = np.zeros((100, 100, 3), np.uint8)
+        >>> truth = {"boxes": [[10, 10, 30, 30]], "labels": [1]}
+        >>> found = {"boxes": [[60, 60, 80, 80]], "labels": [1], "scores": [0.9]}
+        >>> show_matches(tile, truth, found)[1]
+        {'right': 0, 'false': 1, 'missed': 1}
     """
     if isinstance(images, np.ndarray):
         images, truth, found = [images], [truth], [found]
@@ -165,6 +170,12 @@ def show_found(
         image, found, score_threshold, scale: see `draw_matches`.
         class_names: name of each label, the background first.
         width, alt: see `visualize.show`.
+
+    Example:
+        >>> tile, names = np.zeros((100, 100, 3), np.uint8), ["background", "car"]
+        >>> found = {"boxes": [[10, 10, 30, 30]], "labels": [1], "scores": [0.9]}
+        >>> show_found(tile, None, found, names).get_label()  # without labels
+        'a picture; car'
     """
     how: dict = {"score_threshold": score_threshold, "scale": scale}
     how |= {"width": width, "alt": alt}
@@ -195,15 +206,25 @@ def show_mistakes(
         most: so many of each kind, first one of each, then the next.
         least: least side of what a picture shows, in pixels of the scene.
         stretch: of scenes of more than 8 bits, see `scenes.open_scene`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import cv2
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> truth = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [car]}
+        >>> truth["categories"] = [{"id": 3, "name": "car"}]
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = cv2.imwrite(f"{folder}/1.png", np.zeros((100, 100, 3), np.uint8))
+        ...     show_mistakes(mistakes(truth, []), truth, [], folder).get_label()
+        'mistakes close up: missed: car'
     """
     given = kinds, ground_truth, detections, image_dir, stretch, least
     every = [(n, kind) for n in range(most) for kind in KINDS[1:]]
     shown = [(kind, pair) for n, kind in every for pair in kinds[kind][n : n + 1]]
-    views = [_of_mistake(pair, *given) for _, pair in shown]
+    views = [mistake_close_up(pair, *given) for _, pair in shown]
     titles = [f"{k}: {name}" for (k, _), (_, name) in zip(shown, views, strict=True)]
-    how: dict = {"columns": columns, "legend": OF_MISTAKES}
-    alt = f"mistakes close up: {', '.join(titles)}"
-    return show([view for view, _ in views], titles, **how, alt=alt)
+    how: dict = {"columns": columns, "alt": f"mistakes close up: {', '.join(titles)}"}
+    return show([view for view, _ in views], titles, legend=OF_MISTAKES, **how)
 
 
 def show_false(
@@ -233,41 +254,10 @@ def show_false(
         if pair[0] >= 0 and detections[pair[0]]["category_id"] in ids
     ]
     rows = sorted(rows, key=lambda row: -row[0])[:most]
-    pictures = [_of_mistake(pair, *given)[0] for _, _, pair in rows]
+    pictures = [mistake_close_up(pair, *given)[0] for _, _, pair in rows]
     titles = [f"{kind}, score {score:.2f}" for score, kind, _ in rows]
     alt = f"false boxes of {class_name}: {', '.join(titles)}"
     return show(pictures, titles, alt=alt, legend=OF_MISTAKES) if pictures else None
-
-
-def _of_mistake(
-    pair: np.ndarray,
-    kinds: Mapping[str, np.ndarray],
-    ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    image_dir: str | Path,
-    stretch: Any,
-    least: int,
-) -> tuple[np.ndarray, str]:
-    """A mistake close up with its object and the right box that this has, if any; and
-    the name of the class that was found, or missed."""
-    of_found, of_label = pair.tolist()
-    right = dict(kinds["correct"][:, ::-1].tolist())
-    found = detections[of_found] if of_found >= 0 else None
-    label = ground_truth["annotations"][of_label] if of_label >= 0 else None
-    better = detections[right[of_label]] if of_label in right else None
-    either = found or label or {}
-    files = {row["id"]: row["file_name"] for row in ground_truth["images"]}
-    names = {row["id"]: row["name"] for row in ground_truth["categories"]}
-    pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
-    boxes = _corners(label), _corners(found), _corners(better)
-    return close_up(pixels, *boxes, least=least), names[either["category_id"]]
-
-
-def _corners(row: Mapping[str, Any] | None) -> list[float] | None:
-    if row is None:
-        return None
-    x, y, width, height = row["bbox"]
-    return [x, y, x + width, y + height]
 
 
 def precision_recall(
@@ -283,6 +273,13 @@ def precision_recall(
         detections: COCO results, from a low score up.
         score_threshold: that of the large mark, 0..1; 0.3 and 0.7 get a small one.
         iou_threshold: from which on a detection of the right class is right.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> lists = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "car"}]}
+        >>> truth = {**lists, "annotations": [car, {**car, "bbox": [60, 20, 13, 13]}]}
+        >>> precision_recall(truth, [{**car, "score": 0.9}]).get_label()
+        'precision over recall; at a score of 0.5 recall 0.50, precision 1.00'
     """
     kinds = mistakes(ground_truth, detections, 0.0, iou_threshold)
     scores = np.array([row["score"] for row in detections])
@@ -320,5 +317,4 @@ def _beside(x: float, y: float) -> dict:
 
 def _objects(ground_truth: str | Path | dict) -> int:
     """How many objects can be found: crowds, and labels outside, are none."""
-    none = mistakes(ground_truth, [])
-    return len(none["missed"])
+    return len(mistakes(ground_truth, [])["missed"])

@@ -54,8 +54,7 @@ def _scene_files(folder: Path) -> list[Path]:
     """The scenes of a folder by number; `._N.tif` files are macOS metadata."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder of scenes")
-    files = [f for f in folder.iterdir() if f.suffix.lower() in (".tif", ".tiff")]
-    files = [f for f in files if not f.name.startswith(".")]
+    files = [f for f in folder.glob("[!.]*") if f.suffix.lower() in (".tif", ".tiff")]
     numbers = {f: int(f.stem) if f.stem.isdecimal() else sys.maxsize for f in files}
     files = sorted(files, key=lambda f: (numbers[f], f.name))
     for one, other in pairwise(files):
@@ -109,6 +108,13 @@ def tif_to_rgb(
             all others are written. Each line names the file and what it holds.
         ValueError, OSError: a bad percentile, no such folder, nothing to convert, or
             the disk is full.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = cv2.imwrite(f"{folder}/5.tif", np.zeros((9, 9, 3), np.uint8))
+        ...     print(tif_to_rgb(folder, f"{folder}/rgb"))
+        converted 1, already there 0, failed 0
     """
     if percentile is not None and not 0 <= percentile < 50:
         raise ValueError(f"percentile is {percentile}; give 0 <= percentile < 50")
@@ -224,6 +230,17 @@ def geojson_to_coco(
             message names file, feature and field. Or no label is kept, a bad argument,
             or a scene that is no image.
         OSError: a file or folder is missing or not writable.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> car = {"bounds_imcoords": "1,2,14,15", "type_id": 18, "image_id": "5.tif"}
+        >>> labels = {"type": "FeatureCollection", "features": [{"properties": car}]}
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = cv2.imwrite(f"{folder}/5.tif", np.zeros((20, 20, 3), np.uint8))
+        ...     path = Path(folder, "labels.geojson")
+        ...     _ = path.write_text(json.dumps(labels))
+        ...     geojson_to_coco(folder, path, folder, train_split_rate=1).annotations
+        {'train': 1, 'val': 0}
     """
     if not 0 <= train_split_rate <= 1:
         raise ValueError(f"train_split_rate is {train_split_rate}; give 0 to 1")
@@ -231,8 +248,7 @@ def geojson_to_coco(
         raise ValueError(f"split is {split!r}; give 'original' or 'grouped'")
     files = _scene_files(Path(train_images_dir))
     classes = read_classes(category_id_remapping, xview_class_labels)
-    grouped = split == "grouped"
-    labels = read_labels(Path(train_geojson_path), files, classes, grouped)
+    labels = read_labels(Path(train_geojson_path), files, classes, split == "grouped")
     labelled = np.unique(labels.scene[~labels.empty & (labels.scene >= 0)]).tolist()
     images = {i: _listed_image(files[i], train_images_dir_rgb) for i in labelled}
     report = ConversionReport(len(labels.scene), len(files) - len(labelled))
@@ -265,11 +281,9 @@ def geojson_to_coco(
 
 def _listed_image(tif: Path, rgb_dir: str | Path | None) -> Image:
     """A scene, or its RGB copy, as the COCO file lists it; its id comes later."""
-    path = tif
-    if rgb_dir is not None:
-        path = Path(rgb_dir) / f"{tif.stem}.png"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; make it with tif_to_rgb")
+    path = tif if rgb_dir is None else Path(rgb_dir, f"{tif.stem}.png")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with tif_to_rgb")
     height, width = read_size(path)
     return Image(height, width, id=0, file_name=path.name)
 

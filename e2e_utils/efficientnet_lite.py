@@ -99,6 +99,11 @@ def efficientnet_lite0(weights: str | None) -> EfficientNetLite0:
     Raises:
         ValueError: no such weights.
         RuntimeError: the package is not installed, or its file is another.
+
+    Example:
+        >>> body = efficientnet_lite0(None)
+        >>> tuple(body(torch.zeros(1, 3, 96, 96)).shape)  # at stride 16
+        (1, 112, 6, 6)
     """
     if weights not in (None, "DEFAULT"):
         raise ValueError(f"weights_backbone must be 'DEFAULT' or None, got {weights!r}")
@@ -132,6 +137,14 @@ def fold_norms(body: nn.Module) -> None:
     Without its statistics a batch may be as small as memory asks, and a step is shorter
     by two passes over every map. Only for pretrained weights: random ones have no
     statistics yet.
+
+    Example:
+        >>> body = efficientnet_lite0("DEFAULT").eval()
+        >>> tile = torch.rand(1, 3, 96, 96)
+        >>> before = body(tile)
+        >>> fold_norms(body)
+        >>> torch.allclose(body(tile), before, atol=1e-3)  # without BatchNorm
+        True
     """
     for layers in [m for m in body.modules() if isinstance(m, Conv2dNormActivation)]:
         at = next(i for i, m in enumerate(layers) if isinstance(m, nn.BatchNorm2d))

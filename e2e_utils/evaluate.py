@@ -70,6 +70,15 @@ def detect(
     Returns:
         COCO results: {"image_id", "category_id", "bbox" (xywh, pixels of the tile),
         "score" (0..1)}.
+
+    Example:
+        >>> class Fixed(nn.Module):  # finds the same car everywhere
+        ...     def forward(self, images):
+        ...         car = {"boxes": [[10, 20, 23, 33]], "labels": [1], "scores": [0.5]}
+        ...         return [car for _ in images]
+        >>> loader = [([torch.zeros(3, 64, 64, dtype=torch.uint8)], [{"image_id": 7}])]
+        >>> detect(Fixed(), loader)
+        [{'image_id': 7, 'category_id': 0, 'bbox': [10.0, 20.0, 13.0, 13.0], ...
     """
     was_training, results = model.training, []
     device = torch.device(device)

@@ -90,6 +90,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> dict:
     Raises:
         ValueError: a malformed override, an unknown hyperparameter, or one that is a
             range to search: a single trial needs one value.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> text = "{global_batch_size: 8, max_batches: 100, backend: fake, "
+        >>> text += "lr: {type: log, minval: -5, maxval: -3}}"
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "search.yaml")
+        ...     _ = path.write_text(f"hyperparameters: {text}")
+        ...     load_config(path, ["lr=2.0e-3"])["hyperparameters"]["lr"]
+        0.002
     """
     config = read_experiment(path, overrides)
     hparams = config["hyperparameters"]

@@ -85,7 +85,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a file that memory holds, in hexadecimal."""
+    """SHA-256 of a file that memory holds, in hexadecimal.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.txt").write_text("onetwo")
+        ...     digest(f"{folder}/a.txt")[:8]
+        '25b6746d'
+    """
     return sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -55,22 +55,16 @@ class Georeference(NamedTuple):
 
 
 def read_georeference(source: str | Path | bytes) -> Georeference | None:
-    """`georeference_of` a file, of the bytes of one, or of a URL; see `open_scene`."""
+    """`georeference_of` a file, of the bytes of one, or of a URL; see `open_scene`.
+
+    Example:
+        >>> import cv2
+        >>> png = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes()
+        >>> read_georeference(png) is None  # it says nothing of its place
+        True
+    """
     with open_scene(source) as scene:
         return georeference_of(scene)
-
-
-def read_georeferences(
-    scenes: dict[str, Any],
-) -> tuple[dict[str, Georeference | None], dict[str, str]]:
-    """`read_georeference` by name; and what is wrong with those that it refuses."""
-    places, failed = {}, {}
-    for name, source in scenes.items():
-        try:
-            places[name] = read_georeference(source)
-        except (OSError, ValueError) as error:
-            failed[name] = str(error)
-    return places, failed
 
 
 def georeference_of(scene: Scene) -> Georeference | None:
@@ -82,6 +76,13 @@ def georeference_of(scene: Scene) -> Georeference | None:
 
     Raises:
         ValueError: a corner of the scene is no place on Earth; the message names it.
+
+    Example:
+        >>> at = Affine(0.3, 0, 404211, 0, -0.3, 3285142)  # pixels of 0.3 m
+        >>> lies = {"crs": CRS.from_epsg(32616), "transform": at}
+        >>> place = georeference_of(Scene("5.tif", 300, 300, "uint8", None, 0, **lies))
+        >>> place.xy(0, 0)
+        (404211.0, 3285142.0)
     """
     crs, transform = scene.crs, scene.transform
     if crs is None or not (crs.is_geographic or crs.is_projected) or transform is None:
@@ -234,8 +235,7 @@ def write_boxes(
     Returns:
         The files. GeoPackage (layer "boxes") and GeoParquet have the columns of
         `to_geojson`'s properties. COCO results are [{"image_id", "category_id",
-        "bbox" (xywh, pixels), "score", "file_name"}]; image ids count the scenes from
-        1.
+        "bbox" (xywh, pixels), "score", "file_name"}]; image ids count from 1.
 
     Raises:
         ValueError: see `output_files`, or boxes without names.

@@ -1,4 +1,4 @@
-"""PNG and JPEG files, strictly, with the pixels that Pillow gives.
+"""PNG and JPEG files, strictly, with the pixels that Pillow gives; which is a TIFF.
 
 Copy: this file.
 """
@@ -15,8 +15,35 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274  # tag of EXIF and of TIFF
 PNG_END, JPEG_END = b"\0\0\0\0IEND\xaeB`\x82", b"\xff\xd9"
+# scheme of a TIFF's URL -> how GDAL reads it
+URLS = {"s3://": "/vsis3/", "gs://": "/vsigs/", "az://": "/vsiaz/"}
+URLS |= {f"{scheme}://": f"/vsicurl/{scheme}://" for scheme in ("http", "https")}
+
+
+def is_url(source: object) -> bool:
+    """Whether a string names a file that GDAL reads over the network.
+
+    Example:
+        >>> is_url("s3://bucket/5.tif"), is_url("scenes/5.tif")
+        (True, False)
+    """
+    return isinstance(source, str) and source.startswith(tuple(URLS))
+
+
+def is_tiff(source: str | Path | bytes) -> bool:
+    """Whether a file, or the bytes of one, begin as a TIFF does.
+
+    Example:
+        >>> is_tiff(b"II*\\0 and so on"), is_tiff(JPEG_MAGIC)
+        (True, False)
+    """
+    if isinstance(source, bytes):
+        return source.startswith(TIFF_MAGIC)
+    with open(source, "rb") as file:
+        return file.read(4).startswith(TIFF_MAGIC)
 
 
 def check_upright(orientation: int) -> None:

@@ -1,6 +1,6 @@
 """A picture of a scene with coordinates on its axes.
 
-Copy: this file, visualize.py, georeference.py, scenes.py, images.py, stretch.py and
+Copy: this file, drawing.py, georeference.py, scenes.py, images.py, stretch.py and
 files.py.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import Affine2D
 
+from .drawing import Color, add_legend
 from .georeference import Georeference
-from .visualize import Color, add_legend
 
 
 def map_figure(
@@ -32,6 +32,15 @@ def map_figure(
         scale: of `draw_boxes`, pixels of `image` for one of the scene.
         width: of the figure in inches.
         legend: {text: its colour}, below the scene.
+
+    Example:
+        >>> from rasterio.crs import CRS
+        >>> from rasterio.transform import Affine
+        >>> corner = Affine(0.3, 0, 404211, 0, -0.3, 3285142)  # pixels of 0.3 m
+        >>> place = Georeference(CRS.from_epsg(32616), corner)
+        >>> figure = map_figure(np.zeros((300, 300, 3), np.uint8), place)
+        >>> [round(x) for x in figure.axes[0].get_xlim()], figure.axes[0].get_xlabel()
+        ([404211, 404301], 'easting (metre, EPSG:32616)')
     """
     a, b, c, d, e, f = place.transform[:6]
     matrix = np.array([[a / scale, b / scale, c], [d / scale, e / scale, f], [0, 0, 1]])

@@ -3,17 +3,14 @@
 Copy: this file, backbones.py, efficientnet_lite.py and autocast.py. (They need torch
 and torchvision only and run on Python 3.9 with torchvision 0.16 too, in the archive.)
 
-`build_model` makes each entry of `_ARCHITECTURES`: a detector class, torchvision's or
-another, with a backbone. A setting such as `rpn_nms_thresh`, set after a model was
-built, changes nothing; here all go through the constructor, and an unknown one is an
-error. `resolved_settings` has their values for a checkpoint, so that a default that
-changes later changes no model.
+A setting such as `rpn_nms_thresh`, set after a model was built, changes nothing; here
+all go through the constructor, and an unknown one is an error. `resolved_settings` has
+their values for a checkpoint, so that a default that changes later changes no model.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,17 +29,14 @@ from .backbones import features_fpn, resnet_fpn
 
 
 class _Architecture(NamedTuple):
-    """What a name stands for; its settings are the plain arguments of the first two.
-
-    `defaults` replace theirs, `pretrained` where weights are loaded, `coco` if COCO's.
-    """
+    """What a name stands for; its settings are the plain arguments of the first two."""
 
     detector: type[nn.Module]
     backbone: Callable[..., nn.Module]  # of weights, and its settings
     heads: Callable[..., dict]  # of backbone, num_classes and anchors
-    defaults: dict
-    pretrained: dict = {}
-    coco: dict = {}
+    defaults: dict  # replace theirs
+    pretrained: dict = {}  # and these, where weights are loaded
+    coco: dict = {}  # and these, if they are COCO's
 
 
 _SIDES, _RATIOS = (32, 64, 128, 256, 512), [0.5, 1.0, 2.0]
@@ -121,12 +115,8 @@ _ARCHITECTURES: dict[str, _Architecture] = {
         backbones.mobilenet_ssdlite,
         backbones.ssdlite_heads,
         {
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-            "score_thresh": 0.001,
-            "nms_thresh": 0.55,
-            "detections_per_img": 300,
-            "topk_candidates": 300,
+            **{"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "score_thresh": 0.001},
+            **{"nms_thresh": 0.55, "detections_per_img": 300, "topk_candidates": 300},
         },
         {"reduced_tail": False},
         {"reduced_tail": True},
@@ -189,6 +179,10 @@ def model_settings(name: str) -> tuple[str, ...]:
     - `backbone_norm`: "batch" learns, "frozen" keeps the pretrained statistics,
       "folded" has them in the convolutions; and `norm_eps`, of its denominator.
     - `reduced_tail`: of SSDlite's backbone; ImageNet's weights fit the full one.
+
+    Example:
+        >>> "anchor_sizes" in model_settings("fasterrcnn_small")
+        True
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; valid names: {', '.join(MODELS)}")
@@ -213,10 +207,13 @@ def resolved_settings(
 
     Raises:
         ValueError: an unknown name or setting; the message lists the valid ones.
+
+    Example:
+        >>> resolved_settings("fasterrcnn_small", min_size=512)["min_size"]
+        512
     """
     valid = model_settings(name)
-    unknown = sorted(set(settings) - set(valid))
-    if unknown:
+    if unknown := sorted(set(settings) - set(valid)):
         raise ValueError(
             f"{name} has no setting {', '.join(unknown)}; valid: {', '.join(valid)}"
         )
@@ -254,9 +251,8 @@ def _load_coco(model: nn.Module, name: str, weights: str) -> None:
     state = {key: coco[key] for key in coco if not key.startswith(classifiers)}
     for key, own in model.state_dict().items():
         of_anchors = key in state and key.startswith(("rpn.head.", "head."))
-        if key.startswith(classifiers) or (
-            of_anchors and own.shape != state[key].shape
-        ):
+        differs = of_anchors and own.shape != state[key].shape
+        if differs or key.startswith(classifiers):
             state[key] = own
     try:
         model.load_state_dict(state)
@@ -295,6 +291,11 @@ def build_model(
     Raises:
         ValueError: an unknown name or setting; the message lists the valid ones.
         RuntimeError: the weights are neither here nor could they be downloaded.
+
+    Example:
+        >>> model = build_model("fasterrcnn_small", 3).eval()  # has learned nothing
+        >>> sorted(model([torch.zeros(3, 300, 300)])[0])
+        ['boxes', 'labels', 'scores']
     """
     values = resolved_settings(name, weights, weights_backbone, **settings)
     its = _ARCHITECTURES[name]
@@ -303,18 +304,17 @@ def build_model(
     if "anchor_sizes" in values:
         anchors = _take_anchors(values, len(its.defaults["anchor_sizes"]))
     try:
-        # COCO weights include the backbone
-        of_backbone["weights"] = weights_backbone if weights is None else None
-        backbone = its.backbone(**of_backbone)
+        pretrained = weights_backbone if weights is None else None  # COCO's include it
+        backbone = its.backbone(weights=pretrained, **of_backbone)
         heads = its.heads(backbone, num_classes, anchors)
         model = its.detector(backbone, **heads, **values)
         if weights is not None:
             _load_coco(model, name, weights)
     except (URLError, ConnectionError) as error:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise RuntimeError(
             f"the pretrained weights of {name} could not be downloaded ({error}). Put "
-            f"the file into {folder}, or pass weights=None, weights_backbone=None."
+            f"the file into {torch.hub.get_dir()}/checkpoints, or pass weights=None, "
+            "weights_backbone=None."
         ) from error
     boxes_in_float32(model)
     return model

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,16 @@ from tqdm.auto import tqdm
 from .checkpoint import model_from_checkpoint
 from .files import find_files
 from .georeference import (
+    Georeference,
     georeference_of,
     output_files,
-    read_georeferences,
+    read_georeference,
     write_boxes,
 )
 from .grid import tile_grid
 from .hardware import find_device
-from .scenes import FailedScenes, is_url, open_scene
+from .images import is_url
+from .scenes import FailedScenes, open_scene
 from .sliced import KEYS, detections, merge_tables, predict_tiles, tensors
 from .stretch import Stretch
 
@@ -206,13 +209,30 @@ def predict_files(
     Raises:
         FailedScenes: scenes could not be read; the boxes of all others are written.
         ValueError, OSError: no scene, no checkpoint, or what `output_files` refuses.
+
+    Example:
+        >>> import cv2
+        >>> from e2e_utils.checkpoint import describe, save_checkpoint
+        >>> from e2e_utils.config import TrainConfig
+        >>> from e2e_utils.models import build_model
+        >>> tiles = {"tile_size": 96, "overlap": 0.2}
+        >>> tiles["class_names"] = ["background", "car"]
+        >>> content = describe(TrainConfig("tiles", "out"), tiles)
+        >>> content["model"] = build_model(content["architecture"], 2).state_dict()
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     _ = cv2.imwrite(f"{name}/5.png", np.zeros((96, 96, 3), np.uint8))
+        ...     save_checkpoint(f"{name}/best.pt", content)  # has learned nothing
+        ...     paths = f"{name}/best.pt", f"{name}/a.json"
+        ...     done = predict_files([f"{name}/5.png"], *paths)
+        >>> [path.name for path in done.files], list(done.found)
+        (['a.json'], ['5.png'])
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
     urls = {str(url).split("://")[1]: url for url in scenes if is_url(url)}
     files = [scene for scene in scenes if not is_url(scene)]
     paths = urls | (find_files(files, SCENES) if files else {})
-    places, failed = read_georeferences(paths)
+    places, failed = _places(paths)
     done = Predictions({}, failed=failed)
     if failed and not places:
         raise FailedScenes(done)
@@ -242,6 +262,17 @@ def predict_files(
     if done.failed:
         raise FailedScenes(done)
     return done
+
+
+def _places(scenes: dict[str, Any]) -> tuple[dict[str, Georeference | None], dict]:
+    """Where scenes lie, by name; and what is wrong with those that cannot be read."""
+    places, failed = {}, {}
+    for name, source in scenes.items():
+        try:
+            places[name] = read_georeference(source)
+        except (OSError, ValueError) as error:
+            failed[name] = str(error)
+    return places, failed
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,8 +3,8 @@ r"""Any COCO data set to tiles: split by scene, cut, described.
     python -m e2e_utils.prepare --image_dir scenes --coco labels.json \
         --output_dir tiles --slice_size 512 --overlap_ratio 0.25
 
-Copy: this file, tiling.py, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py,
-files.py, images.py and stretch.py.
+Copy: this file, tiling.py, grid.py, coco.py, describe_tiles.py, tile_set.py,
+tile_files.py, scenes.py, files.py, images.py and stretch.py.
 """
 
 import math
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from .coco import Coco, read_coco, write_coco
+from .describe_tiles import start_split
 from .scenes import STRIP_PIXELS, FailedScenes, open_scene
 from .stretch import Stretch, as_stretch, is_alike, percentile_stretch
-from .tile_set import start_split
 from .tiling import TilingReport, checked_size, slice_coco
 
 _SAMPLE = 1 << 22  # pixels of all scenes that a stretch is measured on
@@ -133,6 +133,16 @@ def measure_stretch(
         FileNotFoundError: a scene is missing.
         ValueError: a scene is of 8 bits, cannot be read, or differs from the first in
             its bands or kind of numbers; no scene; or see `percentile_stretch`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import tifffile
+        >>> grey = np.linspace(0, 4000, 10_000).reshape(100, 100).astype(np.uint16)
+        >>> with TemporaryDirectory() as folder:
+        ...     tifffile.imwrite(f"{folder}/5.tif", np.dstack([grey] * 3))
+        ...     stretch = measure_stretch([f"{folder}/5.tif"], percentile=2)
+        >>> [round(x) for x in (stretch.low[0], stretch.high[0])]
+        [80, 3919]
     """
     if not 0 <= percentile < 50:
         raise ValueError(f"percentile is {percentile}; give 0 <= percentile < 50")

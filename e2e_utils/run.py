@@ -2,7 +2,7 @@
 
 Copy: this file, checkpoint.py, files.py, config.py, data.py, coco.py, tile_set.py,
 sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
-efficientnet_lite.py, autocast.py, hardware.py and optim.py.
+efficientnet_lite.py, autocast.py, hardware.py, optim.py and processes.py.
 
 `train.fit` goes on from here, and so does a loop of another framework: it takes the
 model, the optimizer, the data and the precision of a `Run`, and leaves the rest.
@@ -11,16 +11,13 @@ model, the optimizer, the data and the precision of a `Run`, and leaves the rest
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from .checkpoint import describe, save_checkpoint, start_from
@@ -36,43 +33,9 @@ from .hardware import (
 )
 from .models import build_model, resolved_settings
 from .optim import make_optimizer, make_scheduler
+from .processes import gather, start_process_group
 from .sampling import aspect_ratio_groups, epoch_length, repeat_factors
 from .tile_set import TileSet, read_tile_set
-
-
-def start_process_group(device_name: str | None = None) -> tuple[int, int, int]:
-    """(rank, world size, local rank), joining the group that torchrun announces.
-
-    Args:
-        device_name: of the configuration; decides what the processes speak over.
-
-    Raises:
-        ValueError: no such device on this machine, or one GPU for all processes.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if world_size > 1 and not dist.is_initialized():
-        if device_name and ":" in device_name:
-            raise ValueError(
-                f"device {device_name!r} for {world_size} processes: give 'cuda', and "
-                "each takes one of its own"
-            )
-        device = find_device(device_name, local_rank)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL gathers objects on this one
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if not dist.is_initialized():
-        return 0, 1, 0
-    return dist.get_rank(), dist.get_world_size(), local_rank
-
-
-def gather(value: Any) -> list:
-    """What each process gives, in the order of their ranks; all of them must ask."""
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 class Run:
@@ -230,12 +193,43 @@ class Run:
         save_checkpoint(output / "last.pt", content)
 
 
+def check_finite(run: Run) -> torch.Tensor:
+    """The losses since the last report, float32 (steps, losses), on the host.
+
+    Raises:
+        FloatingPointError: one of them is not finite; names the step and its tiles.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> run = SimpleNamespace(unreported=[(torch.tensor([0.5, 1.5]), [7])])
+        >>> check_finite(run).tolist()
+        [[0.5, 1.5]]
+    """
+    if not run.unreported:
+        return torch.zeros(0, 0)
+    losses = torch.stack([values for values, _ in run.unreported]).cpu()
+    bad = (~losses.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        ids = set(run.unreported[bad[0]][1])
+        tiles = [i["file_name"] for i in run.train_set.images if i["id"] in ids]
+        raise FloatingPointError(
+            f"the loss is not finite at step {run.step - len(losses) + 1 + bad[0]}, on "
+            f"the tiles {', '.join(tiles)}. Lower lr, or look at these tiles and their "
+            "boxes."
+        )
+    return losses
+
+
 def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     """The configuration whose detector takes tiles of this size without resizing them.
 
     It is that of a model which means to: its min_size is its max_size. Settings that
     name either of them stay, and so do models that resize on purpose; a warning tells
     where settings shrink the tiles.
+
+    Example:
+        >>> as_they_are(TrainConfig("tiles", "out"), tile_size=512).settings
+        {'max_size': 512, 'min_size': 512}
     """
     own = resolved_settings(config.model)
     sides = {"min_size", "max_size"}
@@ -259,6 +253,10 @@ def read_last(config: TrainConfig, device: torch.device) -> dict:
     Raises:
         ValueError: output_dir holds a run of another configuration, or processes see
             different runs there. On all of them, so that none waits for another.
+
+    Example:
+        >>> read_last(TrainConfig("tiles", "no such folder"), torch.device("cpu"))
+        {}
     """
     state: dict = {}
     path = Path(config.output_dir) / "last.pt"
@@ -274,7 +272,15 @@ def read_last(config: TrainConfig, device: torch.device) -> dict:
 
 
 def check_same_tiles(state: dict, tiles: TileSet, config: TrainConfig) -> None:
-    """ValueError if a run that goes on would learn from tiles of another kind."""
+    """ValueError if a run that goes on would learn from tiles of another kind.
+
+    Example:
+        >>> tiles = TileSet(format=1, tile_size=300, overlap=0.2, classes=[], splits={})
+        >>> check_same_tiles({"tile_size": 512}, tiles, TrainConfig("tiles", "out"))
+        Traceback (most recent call last):
+            ...
+        ValueError: out holds a run on tiles with tile_size 512, those of ...
+    """
     for key, value in tiles.describe().items():
         before = state.get(key, value)
         if before != value:
@@ -292,9 +298,13 @@ def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -
 
     Raises:
         ValueError: the run in output_dir cannot go on in its precision here.
+
+    Example:
+        >>> config = TrainConfig("tiles", "out", amp="off")
+        >>> agree_on_precision(config, torch.device("cpu"), {})
+        'fp32'
     """
-    units: Iterable = map(set, gather(native_precisions(device)))
-    able: set[str] = set.intersection(*units)
+    able: set[str] = set.intersection(*map(set, gather(native_precisions(device))))
     if state and "precision" not in state and config.amp == "auto":
         raise ValueError(
             f"{config.output_dir}/last.pt lacks its precision: give amp='off' or 'bf16'"

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from .images import ORIENTATION, check_upright, open_image
+from .images import ORIENTATION, URLS, check_upright, is_tiff, is_url, open_image
 from .stretch import Stretch, as_stretch, choose
 
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 STRIP_PIXELS = 1 << 24  # that `Scene.tiles` reads at a time
 _PAGES = 100  # of a TIFF that are looked at
 
@@ -42,8 +41,6 @@ _GDAL: dict[str, Any] = {
 }
 # a TIFF can name a URL as the place of its overviews
 _LOCAL = {**_GDAL, "CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
-_URLS = {"s3://": "/vsis3/", "gs://": "/vsigs/", "az://": "/vsiaz/"}
-_URLS |= {f"{scheme}://": f"/vsicurl/{scheme}://" for scheme in ("http", "https")}
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,11 @@ def open_scene(
         FileNotFoundError: no such file.
         ValueError: none of these, or refused by a rule above; the message names the
             file and what it holds.
+
+    Example:
+        >>> with open_scene(np.zeros((600, 800, 3), np.uint8)) as scene:
+        ...     scene.height, scene.width, scene.read(700, 0, 1000, 300).shape
+        (600, 800, (300, 100, 3))
     """
     chosen = as_stretch(stretch) or bands
     with ExitStack() as stack:
@@ -140,8 +142,8 @@ def open_scene(
             if isinstance(source, np.ndarray):
                 scene = _open_array(source)
             elif is_url(source):
-                kind = name[: name.index("://") + 3]
-                path = _URLS[kind] + name.removeprefix(kind)
+                kind, rest = name.split("://", 1)
+                path = URLS[f"{kind}://"] + rest
                 scene = _open_raster(path, name, chosen, stack, _GDAL)
             elif is_tiff(source):
                 scene = _open_tiff(source, name, chosen, stack)
@@ -155,15 +157,29 @@ def open_scene(
 def read_rgb(source: str | Path | bytes, **options: Any) -> np.ndarray:
     """All pixels of a scene as uint8 (H, W, 3), perhaps read-only; see `open_scene`.
 
-    An uncompressed TIFF with its bands last is mapped, not read: only the pixels that
-    are touched come from the disk.
+    An uncompressed TIFF with its bands last is mapped: only what is touched is read.
+
+    Example:
+        >>> import cv2
+        >>> png = cv2.imencode(".png", np.full((4, 5), 128, np.uint8))[1].tobytes()
+        >>> read_rgb(png)[0, 0].tolist()  # grey
+        [128, 128, 128]
     """
     with open_scene(source, **options) as scene:
         return scene.read()
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a scene by its header, with the errors of `open_scene`."""
+    """(height, width) of a scene by its header, with the errors of `open_scene`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import tifffile
+        >>> with TemporaryDirectory() as folder:
+        ...     tifffile.imwrite(f"{folder}/5.tif", np.zeros((600, 800), np.uint8))
+        ...     read_size(f"{folder}/5.tif")
+        (600, 800)
+    """
     with _named(str(path)):
         if not is_url(path) and is_tiff(path):
             import tifffile
@@ -173,19 +189,6 @@ def read_size(path: str | Path) -> tuple[int, int]:
                 return page.imagelength, page.imagewidth
     with open_scene(path) as scene:
         return scene.height, scene.width
-
-
-def is_url(source: object) -> bool:
-    """Whether a string names a file that GDAL reads over the network."""
-    return isinstance(source, str) and source.startswith(tuple(_URLS))
-
-
-def is_tiff(source: str | Path | bytes) -> bool:
-    """Whether a file, or the bytes of one, begin as a TIFF does."""
-    if isinstance(source, bytes):
-        return source.startswith(TIFF_MAGIC)
-    with open(source, "rb") as file:
-        return file.read(4).startswith(TIFF_MAGIC)
 
 
 @contextmanager

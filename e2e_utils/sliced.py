@@ -27,7 +27,14 @@ COLUMNS = 7  # of a table: x1 y1 x2 y2 label score cut
 
 
 def tensors(tiles: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Tiles of one size as float (3, H, W) in 0..1; they travel in one piece."""
+    """Tiles of one size as float (3, H, W) in 0..1; they travel in one piece.
+
+    Example:
+        >>> white = np.full((300, 300, 3), 255, np.uint8)
+        >>> (tensor,) = tensors([white], torch.device("cpu"))
+        >>> tuple(tensor.shape), float(tensor.max())
+        ((3, 300, 300), 1.0)
+    """
     batch = torch.from_numpy(np.stack(tiles)).to(device)
     return list(batch.permute(0, 3, 1, 2).float().div_(255))
 
@@ -42,6 +49,11 @@ def detections(
 
     Raises:
         ValueError: a label without a name.
+
+    Example:
+        >>> box, label = np.array([[1.0, 2, 14, 15]]), np.array([1])
+        >>> detections(box, label, np.array([0.9]), ["background", "car"])["names"]
+        ['car']
     """
     found: dict = {"boxes_xyxy": boxes_xyxy, "labels": labels, "scores": scores}
     if class_names is not None:
@@ -83,6 +95,18 @@ def predict_tiles(
 
     Raises:
         ValueError: batch_size, or what `Scene.read` raises.
+
+    Example:
+        >>> from e2e_utils.grid import tile_grid
+        >>> from e2e_utils.models import build_model
+        >>> from e2e_utils.scenes import open_scene
+        >>> model = build_model("fasterrcnn_small", 2).eval()  # has learned nothing
+        >>> grid = tile_grid(300, 540, size=300, overlap=0.2)
+        >>> with open_scene(np.zeros((300, 540, 3), np.uint8)) as scene:
+        ...     whole = predict_tiles(model, scene, grid, batch_size=1)
+        ...     tables = [predict_tiles(model, scene, grid, i, i + 1) for i in (0, 1)]
+        >>> np.array_equal(np.concatenate(tables), whole)  # shared out, or at once
+        True
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give 1 or more")
@@ -120,6 +144,13 @@ def merge_tables(
 
     Raises:
         ValueError: a label without a name.
+
+    Example:
+        >>> part = [290, 100, 300, 113, 1, 0.9, 1]  # a car, cut by the first tile
+        >>> whole = [290, 100, 303, 113, 1, 0.8, 0]  # the same one in the second
+        >>> tables = [np.array([row], np.float32) for row in (part, whole)]
+        >>> merge_tables(tables, nms_threshold=0.9)["boxes_xyxy"].tolist()
+        [[290.0, 100.0, 303.0, 113.0]]
     """
     table = np.concatenate(tables)
     table = table[nms(table[:, :4], table[:, 5], table[:, 4], nms_threshold)]

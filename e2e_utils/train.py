@@ -12,7 +12,8 @@ and should_stop(); the platforms hang theirs on these.
 
 Copy: this file, run.py, checkpoint.py, files.py, config.py, data.py, coco.py,
 tile_set.py, sampling.py, scenes.py, images.py, stretch.py, models.py, backbones.py,
-efficientnet_lite.py, autocast.py, hardware.py, optim.py, evaluate.py and truth.py.
+efficientnet_lite.py, autocast.py, hardware.py, optim.py, processes.py,
+metrics_log.py, evaluate.py and truth.py.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from tqdm.auto import tqdm
 from .config import TrainConfig, parse_args
 from .data import CocoTiles, eval_loader
 from .evaluate import coco_metrics, detect
-from .files import write_file
+from .metrics_log import MetricsLog
 from .optim import update_ema
-from .run import Run, gather
+from .processes import gather
+from .run import Run, check_finite
 
 REPORT_STEPS = 20  # losses are averaged over so many steps
 STOP_STEPS = 10  # several processes agree this often on whether to stop
@@ -48,6 +50,11 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
     A detector samples anchors and proposals at random. Seeded by the step, a resumed
     run needs no saved generator state, and every adapter draws the same samples.
+
+    Example:
+        >>> draws = [(seed_step(seed=0, step=7), torch.rand(())) for _ in range(2)]
+        >>> draws[0] == draws[1]
+        True
     """
     torch.manual_seed((seed * 1_000_003 + step) * 9_973 + rank)
 
@@ -65,6 +72,15 @@ def forward_losses(
         images: uint8 (3, H, W) each; moved to the model's device here.
         targets: {"boxes": float32 (N, 4) xyxy, "labels": int64 (N,)} each.
         dtype: of autocast, None for none.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> model = build_model("fasterrcnn_small", 2)
+        >>> boxes, labels = torch.tensor([[9.0, 9, 30, 30]]), torch.tensor([1])
+        >>> tile, car = torch.zeros(3, 64, 64), {"boxes": boxes, "labels": labels}
+        >>> losses = forward_losses(model, [tile], [car])
+        >>> bool(losses.pop("loss") == sum(losses.values()))
+        True
     """
     device = next(model.parameters()).device
     batch = [i.to(device, non_blocking=True).float() / 255 for i in images]
@@ -94,6 +110,16 @@ def train_step(
 
     Nothing here waits for a GPU: no value of it is read on the host, but in float16
     the scaler's, which may leave out a step whose gradients are too large for it.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> model = build_model("fasterrcnn_small", 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> boxes, labels = torch.tensor([[9.0, 9, 30, 30]]), torch.tensor([1])
+        >>> batch = [torch.zeros(3, 64, 64)], [{"boxes": boxes, "labels": labels}]
+        >>> first, *_, last = [train_step(model, optimizer, *batch) for _ in range(6)]
+        >>> bool(last["loss"] < first["loss"])
+        True
     """
     losses = forward_losses(model, images, targets, dtype)
     optimizer.zero_grad(set_to_none=True)
@@ -106,27 +132,6 @@ def train_step(
     return {key: value.detach() for key, value in losses.items()}
 
 
-def check_finite(run: Run) -> torch.Tensor:
-    """The losses since the last report, float32 (steps, losses), on the host.
-
-    Raises:
-        FloatingPointError: one of them is not finite; names the step and its tiles.
-    """
-    if not run.unreported:
-        return torch.zeros(0, 0)
-    losses = torch.stack([values for values, _ in run.unreported]).cpu()
-    bad = (~losses.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if bad:
-        ids = set(run.unreported[bad[0]][1])
-        tiles = [i["file_name"] for i in run.train_set.images if i["id"] in ids]
-        raise FloatingPointError(
-            f"the loss is not finite at step {run.step - len(losses) + 1 + bad[0]}, on "
-            f"the tiles {', '.join(tiles)}. Lower lr, or look at these tiles and their "
-            "boxes."
-        )
-    return losses
-
-
 def evaluate_split(
     model: nn.Module,
     dataset: CocoTiles,
@@ -134,7 +139,20 @@ def evaluate_split(
     dtype: torch.dtype | None = None,
     workers: int = 0,
 ) -> tuple[dict, list[dict]]:
-    """(COCO metrics, detections) of a split; processes share the tiles, each once."""
+    """(COCO metrics, detections) of a split; processes share the tiles, each once.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from e2e_utils.models import build_model
+        >>> from sample_data.noise import write_noise_tiles
+        >>> model = build_model("fasterrcnn_small", 61)  # has learned nothing
+        >>> with TemporaryDirectory() as folder:
+        ...     write_noise_tiles(folder, size=64, tiles=2)
+        ...     tiles = CocoTiles(f"{folder}/val", f"{folder}/val.json")
+        ...     metrics, found = evaluate_split(model, tiles, torch.device("cpu"))
+        >>> 0 <= metrics["AP"] < 0.1
+        True
+    """
     joined = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     loader = eval_loader(dataset, workers=workers, rank=rank, world_size=world_size)
@@ -172,10 +190,29 @@ def fit(
             that this machine has no units for; init_checkpoint holds a model of another
             kind; there is no such device.
         FloatingPointError: the loss is not finite; names the tiles of that step.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from sample_data.noise import write_noise_tiles
+        >>> with TemporaryDirectory() as folder:
+        ...     write_noise_tiles(folder, size=64, tiles=2)
+        ...     config = TrainConfig(folder, f"{folder}/run", steps=2, batch_size=1)
+        ...     metrics = fit(config, progress=False)
+        ...     lines = read_metrics(f"{folder}/run/metrics.jsonl")
+        >>> metrics["step"], ["loss" in line for line in lines]
+        (2, [True, False])
     """
     run = Run(config)
-    log = _Log(run, report)
     model = run.model.train()
+    path = Path(config.output_dir, "metrics.jsonl")
+    log = None if run.rank else MetricsLog(path, run.step)  # of the main process
+
+    def tell(values: dict) -> None:
+        if log:
+            log.write(run.step, values)
+        if log and report:
+            report(values, run.step)
+
     if run.world_size > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids)
@@ -191,10 +228,10 @@ def fit(
             means = check_finite(run).mean(dim=0).tolist()
             run.unreported.clear()
             rate = run.scheduler.get_last_lr()[0]
-            log.write({**dict(zip(losses, means, strict=True)), "lr": rate})
+            tell({**dict(zip(losses, means, strict=True)), "lr": rate})
             bar.set_postfix(loss=f"{means[-1]:.3f}")
         if evaluates:
-            log.write(_evaluate(run))
+            tell(_evaluate(run))
         if evaluates or stops or run.is_due(config.save_steps):
             _save(run, save)
         if stops:
@@ -205,7 +242,6 @@ def fit(
 def _step(
     run: Run, model: nn.Module, images: list[torch.Tensor], targets: list[dict]
 ) -> dict[str, torch.Tensor]:
-    """One step of a run; its losses."""
     config = run.config
     run.step += 1
     seed_step(config.seed, run.step, run.rank)
@@ -231,10 +267,8 @@ def _evaluate(run: Run) -> dict:
     if run.world_size > 1:  # running statistics differ; those of rank 0 are saved
         for buffer in run.eval_model.buffers():
             dist.broadcast(buffer, 0)
-    workers = run.config.workers
-    metrics, _ = evaluate_split(
-        run.eval_model, run.val_set, run.device, run.dtype, workers
-    )
+    how = run.device, run.dtype, run.config.workers
+    metrics, _ = evaluate_split(run.eval_model, run.val_set, *how)
     run.metrics = {**metrics, "step": run.step}
     run.best = max(run.best, metrics[run.config.best_metric] or 0.0)
     return metrics
@@ -250,33 +284,6 @@ def _save(run: Run, save: Callable[[int], None] | None) -> None:
         save(run.step)
 
 
-class _Log:
-    """metrics.jsonl, a line per report, and `report`; of the main process alone."""
-
-    def __init__(self, run: Run, report: Callable[[dict, int], None] | None) -> None:
-        self.run, self.report = run, report
-        self.path = Path(run.config.output_dir) / "metrics.jsonl"
-        if run.rank:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []  # a resumed run drops what was written after its step
-        if run.step and self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                # a kill may have cut the last line, which is of a later step
-                if not line.endswith(b"\n") or json.loads(line)["step"] > run.step:
-                    break
-                kept.append(line)
-        write_file(self.path, kept)
-
-    def write(self, values: dict) -> None:
-        if self.run.rank:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": self.run.step, **values}) + "\n")
-        if self.report:
-            self.report(values, self.run.step)
-
-
 def read_metrics(path: str | Path) -> list[dict]:
     """The lines of a metrics.jsonl, in order of their steps."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -289,10 +296,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
     def show(values: dict, step: int) -> None:
-        numbers = {k: v for k, v in values.items() if isinstance(v, float)}
-        tqdm.write(
-            f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items())
-        )
+        floats = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
+        tqdm.write("  ".join([f"step {step}", *floats]))
 
     config = parse_args()
     try:

@@ -1,6 +1,6 @@
 """Pictures of tiles and scenes with their boxes, tables and code, for a notebook.
 
-Copy: this file.
+Copy: this file and drawing.py.
 
 One style throughout: a class keeps its colour in every picture, and a legend names
 the classes instead of captions on boxes that are smaller than a letter. A box has a
@@ -16,22 +16,10 @@ from numbers import Number
 from typing import Any
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-Color = tuple[int, int, int]  # RGB, 0..255
-# Of what is not a class. Right, false and missed differ in lightness too, for eyes that
-# do not tell their hues apart.
-COLORS: dict[str, Color] = {
-    "right": (60, 220, 255),
-    "false": (255, 40, 40),
-    "missed": (255, 225, 0),
-    "labelled": (255, 255, 255),
-    "plain": (31, 119, 180),
-    "score": (255, 127, 14),
-}
+from .drawing import Color, add_legend, axes, rectangles, scaled
 
 
 def class_color(label: int) -> Color:
@@ -40,33 +28,14 @@ def class_color(label: int) -> Color:
     Hue turns with the label, and three pairs of saturation and value alternate. The
     constants were searched so that common classes of xView are far apart in CIELAB,
     also for eyes without red or green cones (Machado et al., 2009).
+
+    Example:
+        >>> class_color(1) != class_color(2)  # and the same in every picture
+        True
     """
     saturation, value = ((1.0, 1.0), (0.45, 1.0), (0.8, 0.75))[label // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb(label * 0.084 % 1.0, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def as_hex(color: Color) -> str:
-    """The same colour as matplotlib takes it."""
-    return "#{:02x}{:02x}{:02x}".format(*color)
-
-
-def axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple:
-    """A figure of so many inches, and its axes as a flat array."""
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
-        )
-    plt.close(figure)  # a notebook shows the returned figure, once
-    return figure, grid.flat
-
-
-def scaled(image: np.ndarray, scale: float) -> np.ndarray:
-    """A copy of a picture, enlarged (> 1) or shrunk."""
-    height, width = image.shape[:2]
-    size = (round(width * scale), round(height * scale))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
 
 
 def draw_boxes(
@@ -94,6 +63,12 @@ def draw_boxes(
 
     Returns:
         uint8 (round(H * scale), round(W * scale), 3), RGB.
+
+    Example:
+        >>> tile, names = np.zeros((60, 60, 3), np.uint8), ["background", "car"]
+        >>> drawn = draw_boxes(tile, [[10, 10, 30, 30]], [1], names, scale=2.0)
+        >>> drawn.shape, tuple(drawn[20, 40].tolist()) == class_color(1)
+        ((120, 120, 3), True)
     """
     canvas = scaled(image, scale)
     corners = np.round(np.asarray(boxes_xyxy, float).reshape(-1, 4) * scale).astype(int)
@@ -105,22 +80,6 @@ def draw_boxes(
             text += f" {float(scores[index]):.2f}"
         _caption(canvas, text, x, y, colors[index])
     return canvas
-
-
-def rectangles(
-    canvas: np.ndarray, boxes: np.ndarray, colors: Sequence[Color], thickness: int = 2
-) -> None:
-    """Draw boxes, int (N, 4) xyxy, into a picture: all dark edges, then all lines.
-
-    Lines run outside of the boxes: a small object is not hidden by its own.
-    """
-    out = thickness // 2
-    around = (boxes + [-out, -out, out, out]).tolist()
-    rows = list(zip(around, colors, strict=True))
-    for box, _ in rows:
-        cv2.rectangle(canvas, box[:2], box[2:], (0, 0, 0), thickness + 2)
-    for box, color in rows:
-        cv2.rectangle(canvas, box[:2], box[2:], color, thickness)
 
 
 def _caption(canvas: np.ndarray, text: str, x: int, y: int, color: tuple) -> None:
@@ -155,6 +114,11 @@ def show(
         class_names: name of each label.
         legend: {text: its colour} instead of the classes.
         alt: what is to be seen, for those who do not see it; titles and legend if none.
+
+    Example:
+        >>> tile = np.zeros((60, 60, 3), np.uint8)
+        >>> show([tile, tile], ["before", "after"]).get_label()
+        'before; after'
     """
     images = [images] if isinstance(images, np.ndarray) else list(images)
     columns = columns or len(images)
@@ -174,14 +138,6 @@ def show(
     add_legend(figure, legend)
     figure.set_label(alt or "; ".join([*(titles or ["a picture"]), *legend]))
     return figure
-
-
-def add_legend(figure: Figure, legend: Mapping[str, Color]) -> None:
-    """Below a figure, what its colours mean: {text: colour}; nothing if empty."""
-    handles = [Patch(fc=as_hex(c), ec="0.4", label=t) for t, c in legend.items()]
-    if handles:
-        where: dict = {"loc": "outside lower center", "ncols": min(5, len(handles))}
-        figure.legend(handles=handles, fontsize=9, frameon=False, **where)
 
 
 def show_boxes(
@@ -206,6 +162,12 @@ def show_boxes(
         score_threshold: boxes with a score below are left out, 0..1.
         titles, columns, width, alt: see `show`.
         scale: see `draw_boxes`.
+
+    Example:
+        >>> tile, names = np.zeros((60, 60, 3), np.uint8), ["background", "car", "ship"]
+        >>> target = {"boxes": [[10, 10, 30, 30]], "labels": [2]}
+        >>> show_boxes(tile, target, names, ["scene 5"]).get_label()
+        'scene 5; ship'
     """
     if isinstance(images, np.ndarray):
         images, found = [images], [found]
@@ -222,45 +184,6 @@ def show_boxes(
     return show(pictures, titles, **how)
 
 
-def close_up(
-    image: np.ndarray,
-    labelled_xyxy: Sequence[float] | None = None,
-    found_xyxy: Sequence[float] | None = None,
-    right_xyxy: Sequence[float] | None = None,
-    size: int = 240,
-    least: int = 64,
-) -> np.ndarray:
-    """A square around an object, labelled in white, and what was found there.
-
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        labelled_xyxy, found_xyxy, right_xyxy: one at least; white, red and blue.
-        size: side of the result in pixels.
-        least: least side of the square in pixels of `image`; it grows with the boxes.
-
-    Returns:
-        uint8 (size, size, 3), RGB; black beyond the borders of the image.
-    """
-    given = (
-        (labelled_xyxy, COLORS["labelled"], 3),
-        (right_xyxy, COLORS["right"], 2),
-        (found_xyxy, COLORS["false"], 2),
-    )
-    drawn = [(np.array(b, float), c, w) for b, c, w in given if b is not None]
-    if not drawn:
-        raise ValueError("close_up needs a box; all are None")
-    low = np.min([box[:2] for box, _, _ in drawn], axis=0)
-    high = np.max([box[2:] for box, _, _ in drawn], axis=0)
-    side = max(float(least), 1.5 * float((high - low).max()))
-    corner, scale = (low + high - side) / 2, size / side
-    matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
-    canvas = cv2.warpAffine(np.ascontiguousarray(image), matrix, (size, size))
-    for box, color, width in drawn:
-        corners = np.round((box - np.tile(corner, 2)) * scale).astype(int).tolist()
-        cv2.rectangle(canvas, corners[:2], corners[2:], color, width)
-    return canvas
-
-
 def table(
     header: Sequence[Any], rows: Iterable[Iterable[Any]], form: str = "{}"
 ) -> Any:
@@ -270,6 +193,13 @@ def table(
         header: of the columns; one that is "" has no words.
         rows: their cells; numbers stand to the right, None is left empty.
         form: format of the floats among them, such as "{:.3f}".
+
+    Example:
+        >>> print(table(["class", "AP"], [["car", 0.5], ["ship", None]], "{:.2f}").data)
+        | class | AP |
+        | --- | ---: |
+        | car | 0.50 |
+        | ship |  |
     """
     from IPython.display import Markdown
 
@@ -296,6 +226,10 @@ def listing(text: str, language: str = "yaml") -> Any:
     Args:
         text: the code.
         language: as Pygments names it, such as "yaml", "python" or "bash".
+
+    Example:
+        >>> listing("lr: 0.001").data
+        'lr: 0.001'
     """
     from IPython.display import Code
 

@@ -68,6 +68,17 @@ def read_labels(
     Raises:
         ValueError: it is no FeatureCollection, or a feature lacks a property or has one
             of another type; the message names file, feature and field.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> car = {"bounds_imcoords": "1,2,14,15", "type_id": 18, "image_id": "5.tif"}
+        >>> content = {"type": "FeatureCollection", "features": [{"properties": car}]}
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "labels.geojson")
+        ...     _ = path.write_text(json.dumps(content))
+        ...     labels = read_labels(path, [Path("5.tif")], {18: (0, "Small Car")})
+        >>> labels.xyxy.tolist(), labels.category.tolist()
+        ([[1, 2, 14, 15]], [0])
     """
     rows = _read_properties(path, _WithCatId if cat_ids else _Properties)
     endings = (".tif", ".tiff", ".TIF", ".TIFF")  # of one scene, whoever renamed it
@@ -110,6 +121,17 @@ def satellite_passes(path: str | Path) -> dict[str, str]:
 
     Raises:
         ValueError: see `read_labels`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> car = {"bounds_imcoords": "1,2,14,15", "type_id": 18, "image_id": "5.tif"}
+        >>> rows = [{"properties": {**car, "cat_id": "1040010006"}}]
+        >>> content = {"type": "FeatureCollection", "features": rows}
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "labels.geojson")
+        ...     _ = path.write_text(json.dumps(content))
+        ...     satellite_passes(path)
+        {'5.tif': '1040010006'}
     """
     counts: dict[str, Counter[str]] = {}
     for row in _read_properties(path, _WithCatId):
@@ -129,6 +151,19 @@ def shared_passes(
 
     Raises:
         ValueError: see `read_labels`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> car = {"bounds_imcoords": "1,2,14,15", "type_id": 18, "cat_id": "A"}
+        >>> rows = [{"properties": {**car, "image_id": f"{i}.tif"}} for i in (1, 2)]
+        >>> with TemporaryDirectory() as folder:
+        ...     labels, train, val = (Path(folder, f"{i}.json") for i in range(3))
+        ...     text = json.dumps({"type": "FeatureCollection", "features": rows})
+        ...     _ = labels.write_text(text)
+        ...     _ = train.write_text('{"images": [{"file_name": "1.tif"}]}')
+        ...     _ = val.write_text('{"images": [{"file_name": "2.tif"}]}')
+        ...     shared_passes(labels, train, val)
+        ['2.tif']
     """
     passes = {Path(name).stem: of for name, of in satellite_passes(path).items()}
     train, val = (
@@ -175,6 +210,12 @@ def split_scenes(
 
     Raises:
         ValueError: "grouped" where all scenes have one `cat_id`.
+
+    Example:
+        >>> none = np.zeros(0, np.int64)
+        >>> labels = Labels(none, none, none, none, none, [])
+        >>> split_scenes(labels, [0, 1, 2, 3], none, "original", rate=0.75, seed=0)
+        {'train': [2, 0, 1], 'val': [3]}
     """
     if how == "original":
         order = labelled.copy()
@@ -239,6 +280,14 @@ def first_feature(path: str | Path) -> dict:
 
     Raises:
         ValueError: it does not begin as a FeatureCollection; names the file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "labels.geojson")
+        ...     _ = path.write_text('{"features": [{"properties": {"type_id": 18}},')
+        ...     first_feature(path)
+        {'properties': {'type_id': 18}}
     """
     with open(path, encoding="utf-8") as file:
         head = file.read(1 << 16)

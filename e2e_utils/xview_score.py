@@ -170,6 +170,15 @@ def three_scores(
     Returns:
         "tiles with objects", "all tiles", "whole scenes": each the figures of
         `coco_metrics`, and "xview" and "xview_every_object", mAP of `xview_score`.
+
+    Example:
+        >>> car = {"image_id": 1, "category_id": 3, "bbox": [10, 20, 13, 13]}
+        >>> truth = {"images": [{"id": 1}, {"id": 2}], "annotations": [car]}
+        >>> truth["categories"] = [{"id": 3, "name": "car"}]
+        >>> false = {**car, "image_id": 2, "score": 0.9}  # on a tile without cars
+        >>> scores = three_scores(truth, [false, {**car, "score": 0.5}], truth, [])
+        >>> {name: row["AP50"] for name, row in scores.items()}
+        {'tiles with objects': 1.0, 'all tiles': 0.5, 'whole scenes': 0.0}
     """
     # cut to the image, or not, by each score
     tiles = read_ground_truth(tile_truth, tile_detections, clip=False)

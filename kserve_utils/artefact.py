@@ -64,6 +64,24 @@ def write_artefact(
         FileExistsError: `out_dir` holds something that is no artefact.
         RuntimeError: an engine is not installed or cannot run this architecture, or
             `compare` refuses it.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> from kserve_utils.engines import load_engine
+        >>> from kserve_utils.export import strip_checkpoint
+        >>> model = build_model("fasterrcnn_small", 2, box_score_thresh=0.0)
+        >>> says = {"architecture": "fasterrcnn_small", "tile_size": 96, "overlap": 0.2}
+        >>> says |= {"class_names": ["background", "car"]}
+        >>> says |= {"settings": {"box_score_thresh": 0.0}}  # it has learned nothing
+        >>> noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     torch.save(model.state_dict(), f"{name}/last.pth")
+        ...     stripped = strip_checkpoint(f"{name}/last.pth", f"{name}/a.pth", **says)
+        ...     out = f"{name}/artefact"
+        ...     _ = write_artefact(stripped, out, ["torch"], tiles=[noise])
+        ...     detector, meta = load_engine(out, "torch", device="cpu")
+        >>> meta["engines"], meta["class_names"]
+        (['torch'], ['background', 'car'])
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown:
@@ -170,6 +188,13 @@ def compare(
     Raises:
         RuntimeError: a box moves by more than 0.05 px or a score by more than 1e-4, or
             too many boxes are there on one side alone.
+
+    Example:
+        >>> label, score = torch.tensor([1]), torch.tensor([0.5])
+        >>> box = torch.tensor([[10.0, 20, 23, 33]])
+        >>> one = {"boxes": box, "labels": label, "scores": score}
+        >>> compare([one], [{**one, "boxes": box + 0.01}])["box_difference_px"]
+        0.01
     """
     pixels = scores = 0.0
     allowed, alone = _count(expected) // 100 if allowed is None else allowed, 0
@@ -246,6 +271,12 @@ def read_tiles(folder: str | Path) -> list[np.ndarray]:
     Args:
         folder: of pictures, or of tiles with their `tiles.json`, where the pictures
             are those of "val".
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (96, 64)).save(f"{folder}/1.png")
+        ...     [tile.shape for tile in read_tiles(folder)]
+        [(64, 96, 3)]
     """
     if Path(folder, NAME).is_file():
         folder = read_tile_set(folder).split("val")[0]

@@ -48,7 +48,12 @@ def kubectl(context: str, command: str, folder: str | Path = ".") -> str:
 
 
 def is_there(context: str) -> bool:
-    """Whether kubectl is there and a cluster answers under this context."""
+    """Whether kubectl is there and a cluster answers under this context.
+
+    Example:
+        >>> is_there("no-such-cluster")
+        False
+    """
     try:
         return kubectl(context, "get --raw /readyz --request-timeout=10s") == "ok"
     except RuntimeError:
@@ -65,6 +70,10 @@ def steps(context: str, *commands: str, run: bool, folder: str | Path = ".") -> 
 
     Raises:
         RuntimeError: as `kubectl`; the later commands are not run.
+
+    Example:
+        >>> steps("kind-kserve", "get pods", run=False)
+        $ kubectl --context kind-kserve get pods
     """
     for command in commands:
         print(f"$ kubectl --context {context} {command}")
@@ -77,6 +86,12 @@ def shell(context: str, folder: str | Path = ".") -> Callable[..., None]:
 
     Args:
         context, folder: see `kubectl`.
+
+    Example:
+        >>> run = shell("no-such-cluster")
+        no-such-cluster does not answer: cells only print their commands
+        >>> run("get pods")
+        $ kubectl --context no-such-cluster get pods
     """
     there = is_there(context)
     state = "answers: cells run" if there else "does not answer: cells only print"

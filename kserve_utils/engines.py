@@ -105,7 +105,12 @@ def load_engine(
 
 
 def resolve_device(engine: str, device: str | None = None) -> torch.device:
-    """Where an engine computes; ValueError if there is no such device for it."""
+    """Where an engine computes; ValueError if there is no such device for it.
+
+    Example:
+        >>> resolve_device("openvino")
+        device(type='cpu')
+    """
     if engine != "torch" and (device or "cpu").startswith("cuda"):
         raise ValueError(
             f"{engine} runs on the CPU alone, not on {device!r}: take the engine torch"
@@ -144,6 +149,12 @@ def read_artefact(artefact_dir: str | Path) -> dict:
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or another program's.
+
+    Example:
+        >>> read_artefact("no such folder")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no artefact at no such folder: it has no detector.json. ...
     """
     path = Path(artefact_dir, "detector.json")
     if not path.is_file():
@@ -288,6 +299,15 @@ def _check_native(engine: str, precision: str, device: torch.device) -> None:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file of any size, in hexadecimal.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.txt").write_text("onetwo")
+        ...     sha256(Path(folder, "a.txt"))[:8]
+        '25b6746d'
+    """
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

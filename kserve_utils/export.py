@@ -76,6 +76,18 @@ def strip_checkpoint(
         FileNotFoundError: there is no such checkpoint.
         ValueError: it cannot be read as data only, holds no weights, does not say what
             they are, or they do not fit the architecture.
+
+    Example:
+        >>> from e2e_utils.models import build_model
+        >>> weights = build_model("fasterrcnn_small", 2).state_dict()
+        >>> says = {"architecture": "fasterrcnn_small", "tile_size": 96, "overlap": 0.2}
+        >>> says["class_names"] = ["background", "car"]
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     torch.save({"model": weights, "epoch": 7}, f"{name}/last.pth")
+        ...     stripped = strip_checkpoint(f"{name}/last.pth", f"{name}/a.pth", **says)
+        ...     model, description = read_stripped(stripped)
+        >>> description["tile_size"], "epoch" in description
+        (96, False)
     """
     path, target = Path(ckpt_path), Path(new_ckpt_path)
     if path.is_dir():

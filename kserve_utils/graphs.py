@@ -77,6 +77,11 @@ def gather_levels(levels: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tens
     Args:
         levels: int64 (N,), the level that each proposal is pooled from.
         parts: of each level its regions, float32 (n, C, H, W).
+
+    Example:
+        >>> parts = [torch.tensor([10.0, 30.0]), torch.tensor([20.0])]
+        >>> gather_levels(torch.tensor([0, 1, 0]), parts).tolist()
+        [10.0, 20.0, 30.0]
     """
     order = torch.cat([torch.where(levels == i)[0] for i in range(len(parts))])
     return torch.cat(parts)[torch.argsort(order)]

@@ -60,6 +60,12 @@ def differences(
     Args:
         measured: {name: result of `compare`}, a row for each.
         milliseconds: {name: time}, a column of times beside them.
+
+    Example:
+        >>> row = {"box_difference_px": 0.0005, "score_difference": 0.0}
+        >>> text = differences({"openvino": {**row, "boxes_of_one_side": 0}}).data
+        >>> text.splitlines()[-1]
+        '| openvino | 0.000500 px | 0.000000 | 0 |'
     """
     header = ["", "a box moves by", "a score changes by", "boxes on one side alone"]
     rows: list[list[Any]] = []

@@ -83,7 +83,13 @@ def answer(
 
 
 def preview(scene: Scene) -> str:
-    """A scene as a JPEG of at most LONGEST px a side, read by strips; a data URL."""
+    """A scene as a JPEG of at most LONGEST px a side, read by strips; a data URL.
+
+    Example:
+        >>> with open_scene(np.zeros((300, 200, 3), np.uint8)) as scene:
+        ...     preview(scene)[:22]
+        'data:image/jpeg;base64'
+    """
     step = -(-max(scene.height, scene.width) // LONGEST)
     strips = []
     for top in range(0, scene.height, 256 * step):
@@ -99,6 +105,14 @@ def pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: one of the paths is not there.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("5.tif", "6.tif", "notes.txt"):
+        ...         Path(folder, name).touch()
+        ...     list(pictures([folder]))
+        ['5.tif', '6.tif']
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
@@ -116,6 +130,10 @@ def page(examples: dict[str, Path], **ask: str) -> FastAPI:
     Args:
         examples: of `pictures`.
         ask: server, model_name and protocol of `answer`.
+
+    Example:
+        >>> [route.path for route in page({}).routes]
+        ['/', '/examples', '/examples/{name}', '/boxes']
     """
     app = FastAPI(openapi_url=None)
 

@@ -26,7 +26,7 @@ from ray.tune import Checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.evaluate import searcher_metrics
 from e2e_utils.experiment import fetch_tiles
-from e2e_utils.run import start_process_group
+from e2e_utils.processes import start_process_group
 from e2e_utils.train import fit
 
 ROOT = Path(__file__).resolve().parents[1]

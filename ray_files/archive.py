@@ -22,8 +22,9 @@ from obstore.exceptions import BaseError
 
 from e2e_utils.coco import read_coco
 from e2e_utils.georeference import FORMATS
+from e2e_utils.images import is_url
 from e2e_utils.predict import SCENES
-from e2e_utils.scenes import Scene, is_url, open_scene
+from e2e_utils.scenes import Scene, open_scene
 from e2e_utils.storage import open_store
 
 SETTINGS, REPORT = "settings.json", "report.json"

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from e2e_utils.classes import class_names
-from e2e_utils.tile_set import describe_split
+from e2e_utils.describe_tiles import describe_split
 
 
 def write_noise_tiles(folder: str | Path, size: int = 300, tiles: int = 8) -> None:

@@ -33,7 +33,7 @@ import pytest
 import torch
 from servers import artefact, predicted, stripped, torchserved, tree  # noqa: F401
 
-from e2e_utils.tile_set import describe_split
+from e2e_utils.describe_tiles import describe_split
 
 NAMES = ["square", "bar", "dot"]
 

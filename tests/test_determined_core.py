@@ -168,7 +168,7 @@ from determined_files import core_api
 from determined_files.train import show
 from e2e_utils.config import TrainConfig
 from e2e_utils.experiment import load_config
-from e2e_utils.run import start_process_group
+from e2e_utils.processes import start_process_group
 from e2e_utils.train import fit
 
 tiles, path, *overrides = sys.argv[1:]

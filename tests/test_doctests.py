@@ -7,62 +7,57 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    path.stem for path in (Path(__file__).parents[1] / "e2e_utils").glob("[!_]*.py")
+    f"{package}.{path.stem}"
+    for package in ("e2e_utils", "kserve_utils")
+    for path in (ROOT / package).glob("[!_]*.py")
 )
-# Modules, or functions of one, without an example: where else to see them at work
+# Functions without an example, and why: most need what a test does not have
 WITHOUT = {
-    "autocast": "models.build_model calls it",
-    "backbones": "models.build_model calls it",
-    "efficientnet_lite": "models.build_model calls it",
-    "models": "notebook 3 builds detectors; the file is at its limit of lines",
-    "convert": "notebook 2 converts; it needs xView's files",
-    "xview_labels": "convert calls it",
-    "sliced": "predict.predict_scene calls it",
-    "scenes": "notebook 2 reads scenes; the file is at its limit of lines",
-    "tiling": "notebook 2 cuts tiles; the file is at its limit of lines",
-    "tile_files": "tiling calls it",
-    "tile_set": "notebook 3 reads tiles; the file is at its limit of lines",
-    "run": "train calls it",
-    "train": "notebook 3 trains",
-    "smoke_test": "notebook 1 runs it",
-    "visualize": "the notebooks draw",
-    "compare": "the notebooks draw",
-    "map_figure": "the notebooks draw",
-    "checkpoint.load_file": "save_checkpoint's example reads with it",
-    "checkpoint.load_detector": "model_from_checkpoint calls it",
-    "checkpoint.read_checkpoint": "model_from_checkpoint calls it",
-    "checkpoint.start_from": "TrainConfig.init_checkpoint calls it",
-    "coco.read_coco": "write_coco's example reads with it",
-    "evaluate.detect": "notebook 3 evaluates, by train.evaluate_split",
-    "experiment.load_config": "read_experiment's example has the same arguments",
-    "files.digest": "write_file's example calls it",
-    "georeference.georeference_of": "notebook 3 puts boxes on the map",
-    "georeference.read_georeference": "notebook 3 puts boxes on the map",
-    "georeference.read_georeferences": "notebook 3 puts boxes on the map",
-    "predict.predict_files": "README has its command line",
-    "prepare.measure_stretch": "notebook 2 prepares tiles",
-    "xview_score.three_scores": "notebook 3 scores",
+    "e2e_utils.train.read_metrics": "fit's example reads with it",
+    "e2e_utils.visualize.notebook_style": "it changes the notebook that calls it",
+    "e2e_utils.compare.show_false": "show_mistakes's example has the same arguments",
+    "kserve_utils.approve.approve_or_say_why_not": "needs a trained detector",
+    "kserve_utils.approve.approve_precision": "needs a trained detector",
+    "kserve_utils.client.predict_grpc": "asks a server",
+    "kserve_utils.client.predict_remote": "asks a server",
+    "kserve_utils.client.refusal": "reads a server's answer",
+    "kserve_utils.client.scene_geojson": "asks a server",
+    "kserve_utils.cluster.gateway": "asks a cluster",
+    "kserve_utils.cluster.host_of": "asks a cluster",
+    "kserve_utils.cluster.kubectl": "asks a cluster",
+    "kserve_utils.cluster.planned": "runs a script of this repository by its path",
+    "kserve_utils.engines.load_eager": "load_engine calls it",
+    "kserve_utils.engines.load_engine": "write_artefact's example loads with it",
+    "kserve_utils.export.read_stripped": "strip_checkpoint's example reads with it",
+    "kserve_utils.export.write_mar": "takes seconds; notebook 5 writes one",
+    "kserve_utils.export.write_model_store": "needs the file of write_mar",
+    "kserve_utils.graphs.write_onnx": "write_artefact calls it",
+    "kserve_utils.graphs.write_openvino": "write_artefact calls it",
+    "kserve_utils.servers.java_home": "not every machine has Java",
+    "kserve_utils.servers.predictor": "starts a server",
+    "kserve_utils.servers.torchserve": "starts a server",
+    "kserve_utils.try_page.answer": "asks a server",
 }
 
 
-def public_functions(module):
-    """Names of the functions that a module defines for others."""
-    functions = inspect.getmembers(module, inspect.isfunction)
-    own = [f for name, f in functions if f.__module__ == module.__name__]
-    return {f.__name__: f for f in own if f.__name__[0] != "_" and f.__name__ != "main"}
+def public_functions(name):
+    """The functions that a module defines for others, by their full names."""
+    functions = inspect.getmembers(importlib.import_module(name), inspect.isfunction)
+    own = {f"{name}.{n}": f for n, f in functions if f.__module__ == name}
+    return {full: f for full, f in own.items() if f.__name__[0] != "_"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_public_helper_has_an_example_that_runs(name):
-    module = importlib.import_module(f"e2e_utils.{name}")
-    shown = {n for n, f in public_functions(module).items() if ">>> " in f.__doc__}
-    expected = {n for n in public_functions(module) if f"{name}.{n}" not in WITHOUT}
-    assert shown == (set() if name in WITHOUT else expected)
+    functions = public_functions(name)
+    functions.pop(f"{name}.main", None)  # of a command line
+    shown = {full for full, f in functions.items() if ">>> " in (f.__doc__ or "")}
+    assert shown == set(functions) - set(WITHOUT)
+    module = importlib.import_module(name)
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 def test_what_has_no_example_is_there():
-    modules = {name: importlib.import_module(f"e2e_utils.{name}") for name in MODULES}
-    names = {f"{m}.{f}" for m in MODULES for f in public_functions(modules[m])}
-    assert set(WITHOUT) <= {*MODULES, *names}
+    assert set(WITHOUT) <= {full for name in MODULES for full in public_functions(name)}

@@ -18,9 +18,9 @@ from serving import NAMES, ROOT, checkpoint, decode, jpeg
 from torchvision.ops import poolers
 
 from e2e_utils.checkpoint import model_from_checkpoint
+from e2e_utils.describe_tiles import describe_split
 from e2e_utils.models import build_model, resolved_settings
 from e2e_utils.predict import predict_image, predict_scene
-from e2e_utils.tile_set import describe_split
 from kserve_utils import artefact as artefacts
 from kserve_utils import engines, export, graphs
 from kserve_utils.approve import approve_or_say_why_not, approve_precision

@@ -347,13 +347,14 @@ def test_what_is_damaged_or_foreign_never_starts(tree, artefact, tmp_path):
 def test_the_record_in_the_docs_is_what_was_measured():
     text = RECORD.read_text()
     if os.environ.get("WRITE_FAULTS"):
-        table = rows(text) | MEASURED  # of a part of the tests, the rest of it stays
-        lines = [text[: text.index("| Fault |")].rstrip(), ""]
-        lines += ["| Fault | " + " | ".join(COLUMNS) + " |", "|---|---|---|---|"]
-        for fault, cells in table.items():
-            row = [cells.get(column, "-").replace("|", "/") for column in COLUMNS]
-            lines.append(f"| {fault} | " + " | ".join(row) + " |")
-        text = "\n".join(lines) + "\n"
+        # rows stay where they are, those of tests that did not run as they are; what is
+        # new comes last, to be moved into the section where it belongs
+        lines, new = text.splitlines(), dict(MEASURED)
+        for number, line in enumerate(lines):
+            fault = line.strip("|").split(" | ")[0].strip()
+            if fault in new:
+                lines[number] = row(fault, rows(line)[fault] | new.pop(fault))
+        text = "\n".join([*lines, *(row(*pair) for pair in new.items())]) + "\n"
         RECORD.write_text(text)
     kept = rows(text)
     for fault, cells in MEASURED.items():
@@ -362,8 +363,17 @@ def test_the_record_in_the_docs_is_what_was_measured():
             assert kept[fault][column].split(":")[0] == status, (fault, column)
 
 
+def row(fault: str, cells: dict[str, str]) -> str:
+    texts = [cells.get(column, "-").replace("|", "/") for column in COLUMNS]
+    return f"| {fault} | " + " | ".join(texts) + " |"
+
+
 def rows(text: str) -> dict[str, dict[str, str]]:
-    """Fault -> column -> what the caller gets, of the record's table."""
+    """Fault -> column -> what the caller gets, of the record's tables."""
     lines = [line.strip("|").split(" | ") for line in text.splitlines()]
     cells = [[cell.strip() for cell in line] for line in lines if len(line) == 4]
-    return {row[0]: dict(zip(COLUMNS, row[1:], strict=True)) for row in cells[1:]}
+    return {
+        one[0]: dict(zip(COLUMNS, one[1:], strict=True))
+        for one in cells
+        if one[0] != "Fault"
+    }

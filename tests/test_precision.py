@@ -27,7 +27,7 @@ from e2e_utils import hardware, models
 from e2e_utils.autocast import boxes_in_float32
 from e2e_utils.config import TrainConfig
 from e2e_utils.hardware import choose_precision, find_device, native_precisions
-from e2e_utils.run import start_process_group
+from e2e_utils.processes import start_process_group
 from e2e_utils.train import fit, main, read_metrics, seed_step, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,10 +316,10 @@ import dataclasses, os, sys
 from pathlib import Path
 import torch.distributed as dist
 import torch
-from e2e_utils import run
+from e2e_utils import processes, run
 from e2e_utils.config import TrainConfig
 
-rank, _, _ = run.start_process_group()
+rank, _, _ = processes.start_process_group()
 run.native_precisions = lambda _: ("fp32", "fp16", *["bf16"] * rank)
 config = TrainConfig("", sys.argv[1], model="fasterrcnn_resnet50_fpn")
 chosen = run.agree_on_precision(config, torch.device("cuda"), {})

@@ -17,7 +17,8 @@ from commands import run
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from pages import DeadLink, arrange, links_of  # noqa: E402
+from pages import arrange, links_of  # noqa: E402
+from sources import DeadLink  # noqa: E402
 
 REPOSITORY = "https://github.com/OWNER/NAME"
 pytestmark = pytest.mark.slow
@@ -146,6 +147,35 @@ def test_flags_types_and_names_are_shown_as_they_are_written(folder):
     assert "</strong> – " in text
 
 
+def test_a_helper_that_a_docstring_names_is_a_link_and_an_argument_is_none(folder):
+    text = (folder / "api" / "e2e_utils.sliced.html").read_text()
+    predict = "e2e_utils.predict.html#e2e_utils.predict.predict_scene"
+    assert f'href="{predict}"' in text and ">predict.predict_scene<" in text
+    assert 'href="#e2e_utils.sliced.merge_tables"' in text  # `merge_tables` alone
+    text = (folder / "api" / "e2e_utils.predict.html").read_text()
+    assert ">class_names</span></code>" in text and "classes.class_names" not in text
+
+
+def test_the_sidebar_groups_pages_and_a_page_is_called_as_there(folder):
+    text = (folder / "index.html").read_text()
+    tree = text[text.index('class="sidebar-tree"') : text.index('class="main"')]
+    captions = re.findall(r'class="caption-text">([^<]+)<', tree)
+    groups = ["Notebooks", "Guide", "Helpers", "Serving", "Benchmarks", "Project"]
+    assert captions == groups
+    entries = re.findall(r'toctree-l1[^>]*><a [^>]*href="([^"]+)">([^<]+)</a>', tree)
+    assert len(entries) > 20
+    for page_name, entry in entries:
+        title = re.search(r"<h1>(.*?)<a ", (folder / page_name).read_text(), re.S)[1]
+        assert re.sub(r"<[^>]*>", "", title) == entry
+
+
+def test_files_have_a_link_back_and_scripts_that_are_named_a_link(folder):
+    text = (folder / "files" / "k8s_files" / "xview-predictor.yaml.html").read_text()
+    assert re.search(r'Linked from .*href="../../notebooks/[^"]+\.html"', text)
+    text = (folder / "benchmarks" / "README.html").read_text()
+    assert re.search(r'href="prep.html"><span [^>]*><code [^>]*>.*prep.py', text)
+
+
 def test_the_first_page_has_an_icon_a_description_and_pictures_to_enlarge(folder):
     text = (folder / "index.html").read_text()
     assert re.search(r'<link rel="[^"]*icon" href="_static/favicon.svg[^"]*"', text)
@@ -164,6 +194,9 @@ def test_a_page_turns_dark_stays_so_and_code_is_copied(site, page):  # noqa: F81
     assert max(page.evaluate(colour)) < 60
     underlined = "getComputedStyle(document.querySelector('.nn')).textDecorationLine"
     assert page.evaluate(underlined) == "none"  # it is no link
+    diagrams = "[...document.querySelectorAll('img[src*=\".svg\"]')]"
+    shown = f"{diagrams}.filter(i => i.offsetWidth).map(i => i.src.split('.').at(-2))"
+    assert set(page.evaluate(shown)) == {"dark"}
     page.goto(f"{site}/index.html")
     assert max(page.evaluate(colour)) < 60
     page.locator("button.copybtn").first.click()

@@ -9,11 +9,12 @@ from own_data import write_scenes
 from e2e_utils.checkpoint import model_from_checkpoint
 from e2e_utils.config import TrainConfig
 from e2e_utils.data import CocoTiles
+from e2e_utils.describe_tiles import describe_split
 from e2e_utils.evaluate import coco_metrics, to_coco
 from e2e_utils.prepare import prepare_tiles, split_coco
 from e2e_utils.scenes import FailedScenes
 from e2e_utils.storage import sync, upload
-from e2e_utils.tile_set import describe_split, read_tile_set
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.tiling import slice_coco
 from e2e_utils.train import fit
 from sample_data.noise import write_noise_tiles

@@ -21,11 +21,12 @@ from torchvision.models._api import WeightsEnum
 from e2e_utils.checkpoint import model_from_checkpoint, save_checkpoint
 from e2e_utils.config import RECIPES, TrainConfig, from_recipe, parse_args
 from e2e_utils.data import CocoTiles
+from e2e_utils.describe_tiles import describe_split
 from e2e_utils.experiment import train_config
 from e2e_utils.models import build_model, resolved_settings
 from e2e_utils.optim import lr_factor, make_optimizer
 from e2e_utils.run import Run, as_they_are
-from e2e_utils.tile_set import describe_split, read_tile_set
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
 TINY = {

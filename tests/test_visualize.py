@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from e2e_utils.charts import bars, confusion, histogram, learning_curve, lines
+from e2e_utils.close_ups import close_up
 from e2e_utils.compare import (
     draw_matches,
     precision_recall,
@@ -16,6 +17,7 @@ from e2e_utils.compare import (
     show_matches,
     show_mistakes,
 )
+from e2e_utils.drawing import COLORS
 from e2e_utils.grid import tile_grid
 from e2e_utils.mistakes import mistakes
 from e2e_utils.tile_figure import (
@@ -26,9 +28,7 @@ from e2e_utils.tile_figure import (
     size_table,
 )
 from e2e_utils.visualize import (
-    COLORS,
     class_color,
-    close_up,
     draw_boxes,
     listing,
     show,

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from e2e_utils.config import TrainConfig
+from e2e_utils.describe_tiles import describe_split
 from e2e_utils.models import build_model
 from e2e_utils.predict import predict_image
-from e2e_utils.tile_set import describe_split, read_tile_set
+from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import fit
 from kserve_utils.engines import load_engine
 from kserve_utils.export import strip_checkpoint
