@@ -145,13 +145,15 @@ def read_checkpoint(
 
 
 def model_from_checkpoint(
-    path: str | os.PathLike, device: str | torch.device = "cpu"
+    path: str | os.PathLike, device: str | torch.device = "cpu", **settings: Any
 ) -> tuple[nn.Module, dict]:
     """The detector of a checkpoint file, in evaluation mode, and what describes it.
 
     Args:
         path: a file written by `e2e_utils.train` or `kserve_utils.export`.
         device: where the weights go.
+        **settings: of `build_model`, instead of those in the file: another input size,
+            or higher caps. What changes the shape of a weight does not fit.
 
     Returns:
         (model, meta): meta is the checkpoint without its weights and optimizer state:
@@ -159,7 +161,8 @@ def model_from_checkpoint(
         overlap, stretch, and what else the checkpoint says.
 
     Raises:
-        ValueError: not such a checkpoint; the message names the file and what lacks.
+        ValueError: not such a checkpoint, or no such setting; the message names the
+            file and what lacks, or the valid settings.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -173,6 +176,7 @@ def model_from_checkpoint(
         (['background', 'car'], False)
     """
     checkpoint = read_checkpoint(path, device)
+    checkpoint["settings"] = {**checkpoint["settings"], **settings}
     model = load_detector(checkpoint, path).to(device)
     left_out = ("model", *TRAINING_KEYS)
     return model, {k: v for k, v in checkpoint.items() if k not in left_out}

@@ -36,6 +36,7 @@ def draw_matches(
     iou_threshold: float = 0.5,
     window: Sequence[int] | None = None,
     scale: float = 1.0,
+    thickness: int = 2,
 ) -> tuple[np.ndarray, dict[str, list[int]]]:
     """A copy of a picture with right and false detections and missed objects.
 
@@ -48,7 +49,7 @@ def draw_matches(
             boxes are cut to the picture, and those with nothing left are no objects.
         score_threshold, iou_threshold: of the matching.
         window: x1, y1, x2, y2: show and count only what reaches into this part.
-        scale: enlarge (> 1) or shrink the picture first; lines are 2 pixels wide.
+        scale, thickness: see `visualize.draw_boxes`; 1 where objects are small.
 
     Returns:
         uint8 RGB, and the labels of what was drawn as {"right", "false", "missed"}.
@@ -86,7 +87,7 @@ def draw_matches(
         corners = np.round(corners[inside] * scale).astype(int)
         drawn += corners.tolist()
         colors += [COLORS[kind]] * len(corners)
-    rectangles(canvas, np.reshape(drawn, (-1, 4)), colors)
+    rectangles(canvas, np.reshape(drawn, (-1, 4)), colors, thickness)
     return canvas, labels
 
 
@@ -111,7 +112,7 @@ def show_matches(
             names the classes that are false or missed, most often first, three at most.
         titles: one for each picture, before its counts.
         columns, width, alt: see `visualize.show`.
-        options: score_threshold, iou_threshold, window, scale of `draw_matches`.
+        options: the keyword arguments of `draw_matches`.
 
     Returns:
         The figure, the counts of each picture in its title; and the counts of all as
@@ -140,9 +141,7 @@ def show_matches(
     for kind, word in WORDS.items():
         most = total[kind].most_common(3) if class_names and kind != "right" else []
         one = len(pictures) == 1  # of several the counts stand in the titles
-        names = ", ".join(
-            f"{n} {class_names[i]}" if one else class_names[i] for i, n in most
-        )
+        names = ", ".join(f"{n} " * one + class_names[i] for i, n in most)
         if len(total[kind]) > len(most) > 0:
             names = f"mostly {names}"
         legend[f"{word} ({names})" if names else word] = COLORS[kind]
@@ -288,7 +287,8 @@ def precision_recall(
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(right[order])
     precision = hits / np.arange(1, len(order) + 1)
-    recall = hits / max(1, _objects(ground_truth))
+    objects = len(mistakes(ground_truth, [])["missed"])  # no crowds among them
+    recall = hits / max(1, objects)
     figure, (axis,) = axes(5.5, 3.6)
     axis.plot(recall, precision, color=as_hex(COLORS["plain"]))
     for other in (0.3, 0.7):  # how far a lower or a higher threshold goes
@@ -313,8 +313,3 @@ def precision_recall(
 def _beside(x: float, y: float) -> dict:
     """Of matplotlib's annotate: so many points from the place that it names."""
     return {"xytext": (x, y), "textcoords": "offset points"}
-
-
-def _objects(ground_truth: str | Path | dict) -> int:
-    """How many objects can be found: crowds, and labels outside, are none."""
-    return len(mistakes(ground_truth, [])["missed"])

@@ -152,10 +152,9 @@ def from_recipe(
         recipe: a name of `RECIPES`.
         data_path, output_dir: see `TrainConfig`.
         tile_size: side of the tiles in pixels, which the recipe's input size follows.
-        **changes: fields of `TrainConfig`; "recipe" leaves one as the recipe has it.
-            Settings join those of the recipe, where None is the model's default. With
-            another model weights and settings are those of TrainConfig. With epochs,
-            the recipe's steps do not count.
+        **changes: fields of `TrainConfig`. Settings join those of the recipe, where
+            None is the model's default. With another model weights and settings are
+            those of TrainConfig. With epochs, the recipe's steps do not count.
 
     Raises:
         ValueError: no such recipe.
@@ -167,12 +166,9 @@ def from_recipe(
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    fields_of, given = deepcopy(RECIPES[recipe]), {}
+    fields_of, given = deepcopy(RECIPES[recipe]), dict(changes)
     if tile_size is not None and "settings" in fields_of:
         fields_of["settings"] |= {"min_size": tile_size, "max_size": tile_size}
-    for name, value in changes.items():
-        if not isinstance(value, str) or value != "recipe":
-            given[name] = value
     if given.get("model", fields_of["model"]) != fields_of["model"]:
         fields_of = {k: v for k, v in fields_of.items() if k not in _OF_MODEL}
     if "settings" in given:

@@ -14,6 +14,8 @@ until `torch.backends.cudnn.allow_tf32 = False`, as `engines.load_engine` sets i
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import warnings
 from collections.abc import Iterable
@@ -43,6 +45,26 @@ CPU_BF16_SPEEDUP = {
 # minutes anyway, and in float32 the notebooks' figures differ between CPUs by rounding.
 # fasterrcnn_lite0_fpn, for the same reason, was not measured.
 WORTH = 1.3  # a smaller gain is not worth 16 of 24 bits
+
+
+def machine() -> dict[str, str]:
+    """Python, system, cores, memory in GiB and GPUs that torch can use, in words.
+
+    Example:
+        >>> list(machine())
+        ['Python', 'system', 'cores', 'memory', 'GPU']
+    """
+    import psutil  # here alone: servers copy this file without it
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
+        "memory": f"{memory:.0f} GiB",
+        "GPU": ", ".join(gpus) or "none that torch can use; all runs without one",
+    }
 
 
 def find_device(name: str | None = None, index: int = 0) -> torch.device:

@@ -8,8 +8,6 @@ efficientnet_lite.py and autocast.py.
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -19,7 +17,6 @@ from pathlib import Path
 from sysconfig import get_path
 
 import numpy as np
-import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -270,24 +267,6 @@ def smoke_test(
             there = "not installed"
         rows.append((name, there, said[:300]))
     return rows
-
-
-def machine() -> dict[str, str]:
-    """Python, system, cores, memory in GiB and GPUs that torch can use, in words.
-
-    Example:
-        >>> list(machine())
-        ['Python', 'system', 'cores', 'memory', 'GPU']
-    """
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = psutil.virtual_memory().total / 2**30
-    return {
-        "Python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
-        "memory": f"{memory:.0f} GiB",
-        "GPU": ", ".join(gpus) or "none that torch can use; all runs without one",
-    }
 
 
 def failed(rows: list[tuple[str, str, str]]) -> list[str]:

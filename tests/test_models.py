@@ -346,6 +346,14 @@ def test_a_checkpoint_gives_back_its_model(tmp_path):
     model, meta = model_from_checkpoint(tmp_path / "model.pt")
     assert not model.training and model.roi_heads.detections_per_img == 50
     assert meta["step"] == 7 and "model" not in meta
+    wider = {"box_detections_per_img": 80, "min_size": 640}
+    other, meta = model_from_checkpoint(tmp_path / "model.pt", **wider)
+    assert other.roi_heads.detections_per_img == 80 and meta["settings"] == wider
+    assert other.transform.min_size == (640,)
+    key, first = next(iter(other.state_dict().items()))
+    assert torch.equal(first, saved["model"][key])
+    with pytest.raises(ValueError, match="no_such"):
+        model_from_checkpoint(tmp_path / "model.pt", no_such=1)
     for key, value in model.state_dict().items():
         assert torch.equal(value, saved["model"][key])
     for before in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):

@@ -347,3 +347,9 @@ def test_processes_that_differ_choose_what_all_have_or_say_so(tmp_path):
     env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     printed = python(*launch, tmp_path / "unlike.py", tmp_path, env=env)
     assert printed.splitlines() == ["fp16 True", "fp16 True"]
+
+
+def test_the_machine_is_described_in_words():
+    told = hardware.machine()
+    assert list(told) == ["Python", "system", "cores", "memory", "GPU"]
+    assert told["memory"].endswith(" GiB") and int(told["cores"].split(",")[0]) >= 1

@@ -535,7 +535,7 @@ def test_two_processes_are_one_run(tiles, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_configuration_whose_model_can_be_built(recipe):
-    made = from_recipe(recipe, "tiles", "out", lr="recipe", batch_size=3)
+    made = from_recipe(recipe, "tiles", "out", batch_size=3)
     assert (
         dataclasses.asdict(made).items() >= {**RECIPES[recipe], "batch_size": 3}.items()
     )
@@ -547,7 +547,7 @@ def test_a_recipe_with_another_model_leaves_weights_and_settings_to_it():
     made = from_recipe("sample", "tiles", "out", model="fasterrcnn_small", steps=None)
     assert (made.weights_backbone, made.steps) == (None, None)
     assert made.lr == RECIPES["sample"]["lr"]
-    made = from_recipe("sample", "tiles", "out", epochs=5, steps="recipe")
+    made = from_recipe("sample", "tiles", "out", epochs=5)
     assert (made.epochs, made.steps) == (5, None)
     made = from_recipe("xview", "tiles", "out", 512)
     assert (made.settings["min_size"], made.settings["max_size"]) == (512, 512)

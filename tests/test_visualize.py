@@ -117,6 +117,9 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     assert labels == {"right": [1, 2], "false": [3], "missed": [1]}
     for x, y, kind in ((64, 20, "right"), (200, 120, "false"), (200, 20, "missed")):
         assert canvas[y, x].tolist() == list(COLORS[kind]), kind
+    thin, _ = draw_matches(image, TRUTH, FOUND, scale=4, thickness=1)
+    hidden = [(picture != 90).any(axis=2).sum() for picture in (thin, canvas)]
+    assert thin[20, 64].tolist() == list(COLORS["right"]) and hidden[0] < hidden[1]
     _, labels = draw_matches(image, TRUTH, FOUND, window=(30, 0, 70, 28), scale=4)
     assert labels == {"right": [], "false": [], "missed": [1]}, "of the window alone"
     with pytest.raises(

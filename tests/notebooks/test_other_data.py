@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.notebook
 
 SHORT = {
-    "03": {"steps": 6, "eval_steps": 6},
+    "03": {"changes": {"steps": 6, "eval_steps": 6}},
     "04": {
         "batches": 2,
         "more_batches": 2,
@@ -38,8 +38,10 @@ SHORT = {
 SETTINGS = {"box_score_thresh": 0.005}
 SHORT_XVIEW = {
     **SHORT,
-    "03": {"steps": 2, "eval_steps": 2, "workers": 0}
-    | {"weights": None, "settings": SETTINGS},
+    "03": {
+        "changes": {"steps": 2, "eval_steps": 2, "workers": 0}
+        | {"weights": None, "settings": SETTINGS}
+    },
 }
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.notebook
 RUN = {
     "01_install": {},
     "02_data_prep": {},
-    "03_local_training": {"steps": 300, "eval_steps": 100},
+    "03_local_training": {"changes": {"steps": 300, "eval_steps": 100}},
     "04_cluster_training": {
         "more_batches": 40,
         "search_trials": 3,
@@ -113,7 +113,7 @@ def test_every_server_gave_the_boxes_of_the_model(run):
 
 def test_a_wrong_parameter_stops_with_its_name_and_the_valid_ones(run, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="fasterrcnn_tiny") as e:
-        parameters = {"run_dir": str(run), "model": "fasterrcnn_tiny"}
+        parameters = {"run_dir": str(run), "changes": {"model": "fasterrcnn_tiny"}}
         execute("03_local_training", tmp_path, parameters)
     assert "fasterrcnn_small" in e.value.evalue
 
