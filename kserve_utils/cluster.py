@@ -11,9 +11,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from textwrap import TextWrapper
 from urllib.parse import urlsplit
@@ -25,24 +24,23 @@ _GATEWAY = (
     "get service -n envoy-gateway-system -o name "
     "-l gateway.envoyproxy.io/owning-gateway-name=kserve-ingress-gateway"
 )
-_MOST = 15 * 60  # s that a command may take: a wait, or the copy of a large model
+_MOST = 60  # s that a command may take
 
 
-def kubectl(context: str, command: str, folder: str | Path = ".") -> str:
+def kubectl(context: str, command: str) -> str:
     """What a kubectl command prints.
 
     Args:
         context: of the kubeconfig, such as "kind-kserve".
         command: after `kubectl --context CONTEXT`, quoted as for a shell.
-        folder: from which its paths count.
 
     Raises:
-        RuntimeError: it failed, with its reason; or it took longer than 15 minutes, or
+        RuntimeError: it failed, with its reason; or it took longer than a minute, or
             kubectl is not there.
     """
     words = ("kubectl", "--context", context, *shlex.split(command))
     try:
-        return run_program(*words, seconds=_MOST, folder=folder)
+        return run_program(*words, seconds=_MOST)
     except RuntimeError as error:
         raise RuntimeError(f"kubectl {command}: {error}") from error
 
@@ -58,45 +56,6 @@ def is_there(context: str) -> bool:
         return kubectl(context, "get --raw /readyz --request-timeout=10s") == "ok"
     except RuntimeError:
         return False
-
-
-def steps(context: str, *commands: str, run: bool, folder: str | Path = ".") -> None:
-    """Print kubectl commands as for a shell, and run each of them if `run` is true.
-
-    Args:
-        context, folder: see `kubectl`.
-        commands: one after the other; what each says is printed below it.
-        run: false where no cluster is: then the commands alone are printed.
-
-    Raises:
-        RuntimeError: as `kubectl`; the later commands are not run.
-
-    Example:
-        >>> steps("kind-kserve", "get pods", run=False)
-        $ kubectl --context kind-kserve get pods
-    """
-    for command in commands:
-        print(f"$ kubectl --context {context} {command}")
-        if run and (said := kubectl(context, command, folder)):
-            print(said)
-
-
-def shell(context: str, folder: str | Path = ".") -> Callable[..., None]:
-    """Print whether a cluster answers; returns `steps` for it, which runs if one does.
-
-    Args:
-        context, folder: see `kubectl`.
-
-    Example:
-        >>> run = shell("no-such-cluster")
-        no-such-cluster does not answer: cells only print their commands
-        >>> run("get pods")
-        $ kubectl --context no-such-cluster get pods
-    """
-    there = is_there(context)
-    state = "answers: cells run" if there else "does not answer: cells only print"
-    print(f"{context} {state} their commands")
-    return partial(steps, context, run=there, folder=folder)
 
 
 def planned(script: str | Path, *options: str, folder: str | Path = ".") -> str:

@@ -30,30 +30,6 @@ def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
         cluster.kubectl("kind-x", "get pods")
 
 
-def test_steps_are_printed_and_run_only_where_a_cluster_is(kubectl, capsys, tmp_path):
-    kubectl.says({"apply": (0, "made"), "exec": (1, "no such pod")})
-    commands = ("apply -f 'a b.yaml'", "wait pod/x", "exec x -- ls", "get pods")
-    cluster.steps("kind-x", *commands, run=False)
-    printed = [f"$ kubectl --context kind-x {command}" for command in commands]
-    assert capsys.readouterr().out.splitlines() == printed
-    assert not kubectl.log.exists()
-    with pytest.raises(RuntimeError, match="^kubectl exec x -- ls: .*no such pod"):
-        cluster.steps("kind-x", *commands, run=True, folder=tmp_path)
-    first, *others = printed[:3]
-    assert capsys.readouterr().out.splitlines() == [first, "made", *others]
-    assert kubectl.asked("kind-x") == ["apply -f a b.yaml", *commands[1:3]]
-
-
-def test_a_shell_runs_its_commands_only_where_a_cluster_answers(kubectl, capsys):
-    for answer, state in (("ok", "answers"), ("no", "does not answer")):
-        kubectl.says({"get --raw /readyz": (0, answer), "get pods": (0, "pod/x")})
-        cluster.shell("kind-x")("get pods")
-        first, *lines = capsys.readouterr().out.splitlines()
-        assert first.startswith(f"kind-x {state}: ")
-        said = ["pod/x"] * (answer == "ok")
-        assert lines == ["$ kubectl --context kind-x get pods", *said]
-
-
 def test_what_the_install_script_would_install_is_told_in_its_order():
     script = "kserve_utils/bash_scripts/kserve_install.sh"
     shown = cluster.planned(script, "--with-autoscaling", folder=ROOT)

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import contextlib
 import gzip
 import importlib.metadata
 import io
@@ -55,6 +56,7 @@ from e2e_utils.georeference import read_georeference, to_geojson
 from e2e_utils.predict import predict_image, predict_scene
 from kserve_utils import engines
 from kserve_utils.client import RemoteError, predict_grpc, predict_remote
+from kserve_utils.engines import read_artefact
 from kserve_utils.predictor import rest
 from kserve_utils.predictor.__main__ import main, parse
 from kserve_utils.predictor.admission import Admission, Limits
@@ -137,6 +139,19 @@ def test_so_are_those_of_the_other_engines(artefact, eager, engine):
         log = Path(psutil.Process(address.pid).environ()["TMPDIR"], "server.log")
         assert f"{engine} computes in fp32 on cpu" in log.read_text()
     assert gone({address.pid}) and not log.parent.exists()
+
+
+@pytest.mark.slow
+def test_the_version_of_the_weights_is_in_every_answer_of_v2(predicted, artefact):
+    version = read_artefact(artefact)["files"]["model.pth"][:12]
+    assert len(version) == 12
+    assert ask_v2(predicted, TILE).json()["model_version"] == version
+    about = requests.get(f"{predicted}/v2/models/{MODEL}", timeout=60).json()
+    assert about["versions"] == [version]
+    with stub(predicted.grpc) as client:
+        answer = client.ModelInfer(grpc_request(TILE), timeout=60)
+        asked = client.ModelMetadata(pb.ModelMetadataRequest(name=MODEL), timeout=60)
+    assert answer.model_version == version and asked.name == MODEL
 
 
 @pytest.mark.slow
@@ -572,6 +587,38 @@ def test_the_queue_is_bounded_and_says_when_to_ask_again():
     assert 1 <= int(refusal.value.headers["retry-after"]) <= 30
     assert refusal.value.status_code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert not path.exists() and admission.in_flight == admission.scenes == 0
+    admission.close()
+
+
+def test_the_wait_of_a_refused_caller_is_that_for_tiles_and_not_for_scenes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(
+        "kserve_utils.predictor.admission.time.perf_counter", lambda: clock[0]
+    )
+    admission = Admission(Limits(queue=10))
+
+    def answered(seconds: float, scene: bool) -> None:
+        with admission.admit("v2") as job:
+            job.scene = scene
+            clock[0] += seconds
+
+    def told() -> int:
+        with contextlib.ExitStack() as slots:
+            for _ in range(10):
+                slots.enter_context(admission._queue_slot())
+            with pytest.raises(Refusal) as refusal, admission.admit("v1"):
+                pass
+        return int(refusal.value.headers["retry-after"])
+
+    assert told() == 1  # nothing is known yet
+    answered(90, scene=True)
+    assert told() == 1
+    answered(0.35, scene=False)
+    assert told() == 4  # ten of 0.35 s
+    with admission._queue_slot():
+        for _ in range(60):  # in the second place: half of it is for the one before
+            answered(0.3, scene=False)
+    assert told() == 2
     admission.close()
 
 

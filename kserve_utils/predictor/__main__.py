@@ -104,8 +104,8 @@ def main() -> None:
         )
         model.load()
         server = Server(model, args)  # from here on there is a log
-        used = (args.engine, args.precision, meta["device"])
-        logger.info("%s computes in %s on %s", *used)
+        used = (model.version, args.engine, args.precision, meta["device"])
+        logger.info("version %s: %s computes in %s on %s", *used)
         server.start([model])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"predictor: {' '.join(str(error).split())}")

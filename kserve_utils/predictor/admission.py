@@ -63,7 +63,7 @@ class Admission:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.in_flight = self.scenes = 0
-        self._seconds = 1.0  # a request takes, smoothed
+        self._seconds = 0.0  # that a request of tiles adds to the wait, smoothed
         _remove_left_scenes()
         self._folder = tempfile.TemporaryDirectory(prefix=f"{_SCENES}{os.getpid()}-")
 
@@ -79,7 +79,7 @@ class Admission:
         """
         job, began = Job(protocol), time.perf_counter()
         try:
-            with self._queue_slot(), job.files:
+            with self._queue_slot() as place, job.files:
                 yield job
         except Exception as error:
             raise _refused(protocol, error) from None
@@ -87,19 +87,22 @@ class Admission:
             job.cancelled.set()  # also when the caller is gone
             job.pictures = []  # a job that waits for an executor would hold them
         seconds = time.perf_counter() - began
-        self._seconds += 0.1 * (seconds / max(1, self.in_flight) - self._seconds)
+        if job.kind == "tile":  # tiles pass a scene between its batches
+            each = seconds / place
+            self._seconds += (0.1 if self._seconds else 1.0) * (each - self._seconds)
         LATENCY.labels(protocol, job.kind).observe(seconds)
         REQUESTS.labels(protocol, 200).inc()
 
     @contextlib.contextmanager
-    def _queue_slot(self) -> Iterator[None]:
+    def _queue_slot(self) -> Iterator[int]:
+        """Its place in the queue, from 1."""
         if self.in_flight >= self.limits.queue:
             wait = min(30, max(1, math.ceil(self._seconds * self.in_flight)))
             raise Refusal(429, f"{self.in_flight} requests wait already", wait)
         self.in_flight += 1
         QUEUE.set(self.in_flight)
         try:
-            yield
+            yield self.in_flight
         finally:
             self.in_flight -= 1
             QUEUE.set(self.in_flight)

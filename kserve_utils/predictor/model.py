@@ -72,7 +72,7 @@ class DetectorModel(Model):
     Args:
         detector: of `kserve_utils.engines.load_engine`.
         meta: its description: "class_names", "tile_size", "overlap",
-            "score_threshold", "max_pixels", "stretch".
+            "score_threshold", "max_pixels", "stretch", "files".
         name: in the URLs.
         limits: of its requests.
         at_once: forward passes at the same time. On as many cores, several of one
@@ -100,6 +100,8 @@ class DetectorModel(Model):
         self.nms_threshold = nms_threshold
         self.detector, self.meta = detector.eval(), meta
         self.stretch = meta.get("stretch")
+        # of the weights, the same for each engine: the start of their SHA-256
+        self.version = meta.get("files", {}).get("model.pth", "")[:12] or None
         self.admission, self.draining = Admission(limits), False
         self._passes = ThreadPoolExecutor(at_once, "forward")
         # one more, which decodes while the others wait for their passes
@@ -227,7 +229,7 @@ class DetectorModel(Model):
         self, result: Job, headers: dict | None = None, *_: Any
     ) -> Any:
         """The answer in the job's protocol, see `protocol.answer`."""
-        return await asyncio.to_thread(answer, result, self.name)
+        return await asyncio.to_thread(answer, result, self.name, self.version)
 
     def close(self) -> bool:
         """Let go of threads and files; True if a forward pass still runs."""

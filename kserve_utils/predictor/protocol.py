@@ -41,8 +41,7 @@ class Job:
         score_threshold: 0..1, None for the server's own.
         geojson: answer with a FeatureCollection.
         request_id, outputs, binary: of V2, for the answer.
-        found: the detections, one dict a picture, once there are any.
-        cancelled: nobody waits for them any more.
+        found: the detections, one dict a picture; cancelled: nobody waits for them.
         files: temporary ones that go with the job.
     """
 
@@ -268,14 +267,14 @@ def _parameters(job: Job, given: object) -> None:
         job.score_threshold = number
 
 
-def answer(job: Job, model_name: str) -> Any:
+def answer(job: Job, model_name: str, version: str | None = None) -> Any:
     """The boxes in the protocol of the request.
 
     V1: {"predictions": [[{class name: [x1, y1, x2, y2], "score": s}, ...], ...]}, with
     `geojson` a FeatureCollection in place of each list. A scene's answer says {"scene":
     true} too: a server that does not know the parameter would not. V2: `OUTPUTS`, and
-    "geojson" BYTES [1] if it was asked for. It is in longitude and latitude if the
-    picture's file tells its place, else in pixels and says so (`to_geojson`).
+    "geojson" BYTES [1] if it was asked for: in longitude and latitude if the picture's
+    file tells its place, else in pixels (`to_geojson`). V2 tells the `version`, too.
 
     Returns:
         (body, headers) of V1 and V2; a ModelInferResponse of gRPC.
@@ -285,7 +284,7 @@ def answer(job: Job, model_name: str) -> Any:
         rows = [one["geojson"] if job.geojson else _rows(one) for one in job.found]
         scene = {"scene": True} if job.scene else {}
         return orjson.dumps({"predictions": rows, **scene}), headers
-    response = _infer_response(job, model_name)
+    response = _infer_response(job, model_name, version)
     if job.protocol == "grpc":
         return response.to_grpc()
     content, head = response.to_rest()
@@ -300,7 +299,7 @@ def _rows(found: dict) -> list[dict]:
     return [{n: box, "score": score} for n, box, score in zip(*columns, strict=True)]
 
 
-def _infer_response(job: Job, model_name: str) -> InferResponse:
+def _infer_response(job: Job, model_name: str, version: str | None) -> InferResponse:
     found, types = job.found[0], {name: kind for name, (kind, _) in OUTPUTS.items()}
     if job.geojson:
         found["geojson"] = [orjson.dumps(found["geojson"]).decode()]
@@ -314,6 +313,7 @@ def _infer_response(job: Job, model_name: str) -> InferResponse:
     return InferResponse(
         response_id=job.request_id or str(uuid.uuid4()),
         model_name=model_name,
+        model_version=version,
         infer_outputs=outputs,
         use_binary_outputs=job.binary,
         requested_outputs=job.outputs,

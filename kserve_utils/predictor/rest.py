@@ -51,7 +51,7 @@ def add_routes(app: FastAPI, model: DetectorModel) -> None:
     @app.post("/v2/models/{model_name}/versions/{version}/infer")
     async def versioned(model_name: str, version: str) -> Response:
         there = f"/v2/models/{model_name}/infer"
-        raise Refusal(501, f"no model has a version {version!r}: ask {there}")
+        raise Refusal(501, f"no URL chooses a version {version!r}: ask {there}")
 
     @app.get(_PREDICT)  # KServe would take "NAME:predict" for the name of a model
     async def wrong_verb(model_name: str) -> Response:

@@ -30,12 +30,17 @@ from .refusal import Refusal, bad
 from .rest import add_routes
 
 
-class _Health(DataPlane):
-    """Ready while the one model is; the SDK's own says so always."""
+class _Plane(DataPlane):
+    """The SDK's own is always ready, and knows no version of a model."""
 
     async def ready(self) -> bool:
         models = self.model_registry.get_models().values()
         return bool(models) and all([await model.healthy() for model in models])
+
+    async def model_metadata(self, model_name: str) -> dict:
+        about = await super().model_metadata(model_name)
+        version = self.get_model_from_registry(model_name).version
+        return {**about, "versions": [version] if version else []}
 
 
 class _Fixed(ModelRepositoryExtension):
@@ -93,7 +98,7 @@ class Server(ModelServer):
             grace_period=args.grace_period,
         )
         self.model, self.args = model, args
-        self.dataplane = _Health(self.registered_models)
+        self.dataplane = _Plane(self.registered_models)
         self.model_repository_extension = _Fixed(self.registered_models)
         trace_logger.setLevel(logging.WARNING)  # else a line for each request
         logging.getLogger("uvicorn.access").setLevel(logging.WARNING)

@@ -1,8 +1,9 @@
-"""The notebook on Kubernetes, without a cluster and with a test double of kubectl."""
+"""The notebook on Kubernetes: its cells, and its commands to a double of kubectl."""
 
-import os
+import json
 import re
 import shlex
+import subprocess
 
 import nbformat
 import papermill
@@ -11,36 +12,45 @@ from fake_kubectl import Kubectl
 from test_committed import FOLDER, ROOT, printed
 
 
-def execute(folder, context: str) -> tuple[str, list[str]]:
-    """All that the notebook prints, and the kubectl commands among it."""
-    source, output = FOLDER / "kubernetes.ipynb", folder / "run.ipynb"
-    parameters = {"run_dir": str(folder), "kube_context": context}
+@pytest.mark.notebook
+def test_its_cells_tell_what_would_be_installed_and_what_is_copied(tmp_path):
+    artefact, output = tmp_path / "serving" / "artefact", tmp_path / "run.ipynb"
+    artefact.mkdir(parents=True)
+    described = {"files": {"model.pth": "0123456789abcdef"}}
+    (artefact / "detector.json").write_text(json.dumps(described))
     how = {"kernel_name": "python3", "cwd": FOLDER, "progress_bar": False}
+    source, parameters = FOLDER / "kubernetes.ipynb", {"run_dir": str(tmp_path)}
     papermill.execute_notebook(source, output, parameters, **how)
     text = printed(nbformat.read(output, as_version=4))
-    return text, re.findall(rf"^\$ kubectl --context {context} (.*)$", text, re.M)
+    assert "kind create cluster" in text and "kserve-resources" in text
+    assert "version 0123456789ab\n" in text and "detector.json" in text
 
 
-@pytest.mark.notebook
-def test_a_cluster_is_asked_what_is_printed_where_there_is_none(tmp_path, monkeypatch):
-    text, commands = execute(tmp_path, "nowhere")
-    assert "nowhere does not answer" in text
+def test_its_commands_are_whole_name_their_context_and_copy_over_nothing(
+    tmp_path, monkeypatch
+):
+    cells = nbformat.read(FOLDER / "kubernetes.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if "kubectl " in line and "<" not in line]
     kubectl = Kubectl(tmp_path, monkeypatch)
-    kubectl.says({"get --raw /readyz": (0, "ok"), "logs": (0, "the predictor's log")})
-    text, again = execute(tmp_path, "kind-x")
-    assert "kind-x answers" in text and "the predictor's log" in text
-    assert again == commands
-    asked = kubectl.asked("kind-x")
-    assert asked[1:] == [" ".join(shlex.split(command)) for command in commands]
+    script = "\n".join(["set -euo pipefail", *commands])
+    subprocess.run(["bash", "-c", script], cwd=ROOT, check=True)
+    asked = kubectl.asked("kind-kserve")
+    assert len(asked) == len(commands) > 20
     steps = ("apply -f k8s_files/pv-and-pvc", "cp ", "apply -f k8s_files/network")
     places = [[a.startswith(step) for a in asked].index(True) for step in steps]
     assert places == sorted(places)
-    artefact = os.path.relpath(tmp_path / "serving" / "artefact", ROOT)
-    # nothing that is served is written over: mkdir fails where a model lies already
-    copied = asked.index(f"cp {artefact}/. model-store-pod:/pv/xview-artefact")
-    assert asked[copied - 1] == "exec model-store-pod -- mkdir /pv/xview-artefact"
-    files = re.findall(r"-f (\S+)", " ".join(commands))
+    files = re.findall(r" -f (k8s_files/\S+)", blocks)
     assert files and all((ROOT / file).is_file() for file in files)
+    # nothing that is served is written over: mkdir fails where a model lies already
+    made: set[str] = set()
+    for command in map(shlex.split, asked):
+        if "mkdir" in command:
+            made.update(command[command.index("mkdir") + 1 :])
+        if command[0] == "cp":
+            assert command[2].removeprefix("model-store-pod:") in made
 
 
 @pytest.mark.parametrize(
