@@ -11,6 +11,8 @@ import pytest
 from fake_kubectl import Kubectl
 from test_committed import FOLDER, ROOT, printed
 
+from kserve_utils import cluster
+
 
 @pytest.mark.notebook
 def test_its_cells_tell_what_would_be_installed_and_what_is_copied(tmp_path):
@@ -24,6 +26,18 @@ def test_its_cells_tell_what_would_be_installed_and_what_is_copied(tmp_path):
     text = printed(nbformat.read(output, as_version=4))
     assert "kind create cluster" in text and "kserve-resources" in text
     assert "version 0123456789ab\n" in text and "detector.json" in text
+    assert "kind-kserve does not answer: it was asked nothing" in text
+
+
+def test_it_asks_a_cluster_that_answers_and_no_other(tmp_path, monkeypatch):
+    kubectl = Kubectl(tmp_path, monkeypatch)
+    kubectl.says({"get --raw /readyz": (0, "ok")})
+    cells = nbformat.read(FOLDER / "kubernetes.ipynb", as_version=4).cells
+    (asks,) = [cell.source for cell in cells if cell.get("id") == "ask-cluster"]
+    exec(asks, {"cluster": cluster, "kube_context": "mine"})
+    asked = kubectl.asked("mine")
+    assert asked[0].startswith("get --raw /readyz")
+    assert [line.split()[0] for line in asked[1:]] == ["get", "get", "logs"]
 
 
 def test_its_commands_are_whole_name_their_context_and_copy_over_nothing(
