@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .drawing import COLORS, rectangles, scaled
-from .grid import clip_to_tiles
+from .grid import clip_to_tiles, tile_grid
+from .truth import image_truth
 from .visualize import class_color, draw_boxes, show, table
 
 
@@ -58,42 +59,50 @@ def show_shrunk(
     return show(pictures, [f"{side:,} px shrunk to {to}", "at its own size"])
 
 
-def size_table(scenes: dict, tiles: dict, overlap: float) -> Any:
-    """Of each class how large its objects are before and after tiling, as Markdown.
+def size_table(
+    coco: dict, tile_size: int, overlap: float, min_area_ratio: float = 0.1
+) -> Any:
+    """Of each class how large its objects are and what the tiles cut, as Markdown.
 
-    A size is the square root of a box's area, in pixels.
+    A size is the square root of a box's area, in pixels; *90th* is the percentile. Of
+    the boxes in tiles the table has the share that a border cuts, and of the objects
+    the share that lies whole in no tile.
 
     Args:
-        scenes, tiles: contents of COCO files with the same categories.
-        overlap: of the tiles, in pixels; the table has the share of the objects of
-            the scenes whose longer side is more.
+        coco: content of a COCO file of scenes.
+        tile_size, overlap, min_area_ratio: as `prepare_tiles` cuts them.
 
     Example:
-        >>> car, part = ({"category_id": 1, "bbox": [0, 0, w, 16]} for w in (64, 25))
-        >>> classes = {"categories": [{"id": 1, "name": "car"}]}
-        >>> of_scenes, of_tiles = ({**classes, "annotations": [a]} for a in (car, part))
-        >>> size_table(of_scenes, of_tiles, 60).data.splitlines()[2]
-        '| car | 32 | 32 | 100% | 20 | 20 |'
+        >>> car = {"image_id": 1, "category_id": 1, "bbox": [200, 20, 64, 16]}
+        >>> scene = {"id": 1, "width": 540, "height": 300}
+        >>> classes = [{"id": 1, "name": "car"}]
+        >>> coco = {"images": [scene], "annotations": [car], "categories": classes}
+        >>> size_table(coco, 300, 0.2).data.splitlines()[2]  # cut by the second tile
+        '| car | 1 | 32 | 32 | 50% | 0% |'
     """
-    names = {category["id"]: category["name"] for category in scenes["categories"]}
-    both, rows = [], []
-    for coco in (scenes, tiles):
-        boxes = [(a["category_id"], *a["bbox"][2:]) for a in coco["annotations"]]
-        both.append(np.array(boxes, float).reshape(-1, 3))
-    for number, name in names.items():
-        before, after = (of[of[:, 0] == number, 1:] for of in both)
-        if len(before):
-            over = np.mean(before.max(axis=1) > overlap)
-            rows.append([name, *_median_and_90th(before), f"{over:.0%}"])
-            rows[-1] += _median_and_90th(after) if len(after) else [None, None]
-    head = ["class", "median in scenes", "90th in scenes"]
-    head += [f"longer than {overlap:g} px"]
-    rows.sort(key=lambda row: row[1])
-    return table([*head, "median in tiles", "90th in tiles"], rows, "{:.0f}")
-
-
-def _median_and_90th(sides: np.ndarray) -> list[float]:
-    return [float(x) for x in np.percentile(np.sqrt(np.prod(sides, axis=1)), (50, 90))]
+    classes = sorted(coco["categories"], key=lambda category: category["id"])
+    of_class: list[tuple] = [([], [], []) for _ in classes]
+    for image in coco["images"]:
+        truth = image_truth(coco, image["id"])
+        boxes, labels = truth["boxes_xyxy"].astype(float), truth["labels"]
+        grid = tile_grid(image["height"], image["width"], tile_size, overlap)
+        _, held, parts = clip_to_tiles(boxes, grid, min_area_ratio)
+        cut = (parts != boxes[held]).any(axis=1)
+        whole = np.isin(np.arange(len(boxes)), held[~cut])
+        sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
+        for label, (of_sides, of_whole, of_cut) in enumerate(of_class, start=1):
+            of_sides.extend(sides[labels == label])
+            of_whole.extend(whole[labels == label])
+            of_cut.extend(cut[labels[held] == label])
+    lines = []
+    for category, (of_sides, of_whole, of_cut) in zip(classes, of_class, strict=True):
+        if of_sides:
+            row = [category["name"], len(of_sides), *np.percentile(of_sides, (50, 90))]
+            shares = np.mean(of_cut), 1 - np.mean(of_whole)
+            lines.append([*row, *(f"{share:.0%}" for share in shares)])
+    lines.sort(key=lambda row: row[2])
+    head = ["class", "objects", "median side", "90th", "boxes in tiles that are cut"]
+    return table([*head, "objects whole in no tile"], lines, "{:.0f}")
 
 
 def show_grid(

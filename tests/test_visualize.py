@@ -182,13 +182,18 @@ def test_the_fullest_tile_is_shown_shrunk_and_at_its_own_size():
     assert np.ptp(own.images[0].get_array()) > 150
 
 
-def test_sizes_are_told_by_class_before_and_after_tiling():
+def test_sizes_and_what_borders_cut_are_told_by_class():
     categories = [{"id": i, "name": n} for i, n in ((7, "car"), (8, "bus"), (9, "van"))]
-    sides = [(7, 4, 9), (7, 6, 6), (8, 2, 2)]
-    rows = [{"category_id": c, "bbox": [0, 0, w, h]} for c, w, h in sides]
-    scenes = {"categories": categories, "annotations": rows}
-    made = size_table(scenes, {**scenes, "annotations": rows[:1]}, 6).data.split("\n")
-    assert made[2:] == ["| bus | 2 | 2 | 0% |  |  |", "| car | 6 | 6 | 50% | 6 | 6 |"]
+    boxes = [(7, [10, 10, 4, 9]), (7, [145, 10, 6, 6]), (8, [100, 20, 120, 30])]
+    rows = [{"image_id": 1, "category_id": c, "bbox": box} for c, box in boxes]
+    scene = {"id": 1, "width": 350, "height": 200}  # tiles of x 0 to 200 and 150 to 350
+    scenes = {"images": [scene], "categories": categories, "annotations": rows}
+    made = size_table(scenes, 200, 0.25).data.split("\n")
+    # the second car is whole in one tile, its sixth in the other; the bus in none
+    assert made[2:] == [
+        "| car | 2 | 6 | 6 | 33% | 0% |",
+        "| bus | 1 | 60 | 60 | 100% | 100% |",
+    ]
 
 
 def test_an_object_that_borders_cut_is_shown_in_each_of_its_tiles():
