@@ -45,6 +45,7 @@ def draw_matches(
     iou_threshold: float = 0.5,
     window: Sequence[int] | None = None,
     scale: float = 1.0,
+    thickness: int = 2,
 ) -> tuple[np.ndarray, dict[str, list[int]]]:
     """A copy of a picture with right and false detections and missed objects.
 
@@ -57,7 +58,8 @@ def draw_matches(
             boxes are cut to the picture, and those with nothing left are no objects.
         score_threshold, iou_threshold: of the matching.
         window: x1, y1, x2, y2: show and count only what reaches into this part.
-        scale: enlarge (> 1) or shrink the picture first; lines are 2 pixels wide.
+        scale: enlarge (> 1) or shrink the picture first.
+        thickness: see `visualize.draw_boxes`.
 
     Returns:
         uint8 RGB, and the labels of what was drawn as {"right", "false", "missed"}.
@@ -88,7 +90,7 @@ def draw_matches(
         corners = np.round(corners[inside] * scale).astype(int)
         drawn += corners.tolist()
         colors += [COLORS[kind]] * len(corners)
-    rectangles(canvas, np.reshape(drawn, (-1, 4)), colors)
+    rectangles(canvas, np.reshape(drawn, (-1, 4)), colors, thickness)
     return canvas, labels
 
 
@@ -113,7 +115,7 @@ def show_matches(
             names the classes that are false or missed, most often first, three at most.
         titles: one for each picture, before its counts.
         columns, width, alt: see `visualize.show`.
-        options: score_threshold, iou_threshold, window, scale of `draw_matches`.
+        options: of `draw_matches`.
 
     Returns:
         The figure, the counts of each picture in its title; and the counts of all as
