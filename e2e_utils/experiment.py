@@ -24,7 +24,7 @@ every machine sees.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,37 @@ def train_config(
             "max_batches", hparams["max_batches"]
         )
     return TrainConfig(data_path, output_dir, batch_size=batch_size, **values)
+
+
+def hyperparameters(config: TrainConfig, processes: int = 1) -> dict:
+    """The hyperparameters of a trial that trains as `config` does; see `train_config`.
+
+    Args:
+        config: of each process; its steps are the length, its data_path a folder of
+            tiles. Its output_dir, device and best_metric are the platform's to choose.
+        processes: that will share the batches.
+
+    Raises:
+        ValueError: it has no steps: how many an epoch has is known with the tiles.
+
+    Example:
+        >>> config = TrainConfig("/data/tiles", "", batch_size=2, steps=100)
+        >>> hparams = hyperparameters(config, processes=4)
+        >>> hparams["global_batch_size"], hparams["max_batches"], hparams["data_dir"]
+        (8, 100, '/data/tiles')
+    """
+    if config.steps is None:
+        raise ValueError("config.steps is None; give the length of the run in steps")
+    values = asdict(config)
+    lengths = {name: values[field] for name, field in _BATCHES.items()}
+    kept = _TRAIN_KEYS if config.lr_milestones is None else _TRAIN_KEYS - {"lr_steps"}
+    return {
+        **{name: values[name] for name in sorted(kept)},
+        **{name: value for name, value in lengths.items() if value is not None},
+        "global_batch_size": config.batch_size * processes,
+        "backend": "local",
+        "data_dir": config.data_path,
+    }
 
 
 def fetch_tiles(hparams: dict, scratch: str | Path = "", local_rank: int = 0) -> str:

@@ -215,6 +215,7 @@ def _tuner(
             name=name,
             storage_path=storage,
             verbose=0,
+            progress_reporter=tune.CLIReporter(),  # else an empty output in a notebook
             callbacks=[callback],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             failure_config=tune.FailureConfig(plan.restarts if here else 0),

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -22,12 +23,14 @@ from jsonschema import Draft7Validator, ValidationError, validators
 from referencing import Registry
 from referencing.jsonschema import DRAFT7
 
-from e2e_utils.config import RECIPES
+from e2e_utils.config import RECIPES, TrainConfig, from_recipe
 from e2e_utils.experiment import (
     HYPERPARAMETERS,
     check_hparams,
     fetch_tiles,
+    hyperparameters,
     load_config,
+    read_experiment,
     train_config,
 )
 from e2e_utils.models import MODELS, model_settings
@@ -239,6 +242,18 @@ def test_hyperparameters_become_the_configuration_of_each_process():
         train_config(hparams, 3)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lr_milestones": [7, 41], "amp": "off"}])
+def test_a_configuration_comes_back_from_its_hyperparameters(changes):
+    config = from_recipe("xview", "/tiles", "out", steps=90, save_steps=30, **changes)
+    hparams = hyperparameters(config, processes=4)
+    assert hparams["global_batch_size"] == 32
+    again = train_config(hparams, 4, fetch_tiles(hparams), "out")
+    # with a length in steps nothing reads how many epochs there are
+    assert again == replace(config, epochs=TrainConfig("", "").epochs)
+    with pytest.raises(ValueError, match="steps is None"):
+        hyperparameters(replace(config, steps=None))
+
+
 # ---- train.py's reading of a YAML
 
 
@@ -299,10 +314,11 @@ def test_command_of_notebook_4_submits_what_a_trial_accepts(tiles, monkeypatch, 
     notebook = json.loads((ROOT / "notebooks/04_cluster_training.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"]]
     (given,) = (text for text in cells if text.startswith("run_dir ="))
+    (lengths,) = (text for text in cells if '"lr_step_batches"' in text)
     (submit,) = (text for text in cells if '"determined.cli"' in text)
-    names = {"files": FILES, "Path": Path, "shlex": shlex, "sys": sys}
+    names = {"files": FILES, "read_experiment": read_experiment, "sys": sys}
     exec(given, names)
-    exec(submit, names | {"agents_tiles": tiles})
+    exec(f"{lengths}\n{submit}", names | {"agents_tiles": tiles})
     program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     monkeypatch.chdir(ROOT)
     parser = det.make_parser()
@@ -319,7 +335,10 @@ def test_command_of_notebook_4_submits_what_a_trial_accepts(tiles, monkeypatch, 
         names["project"],
     )
     hparams, slots = experiment["hyperparameters"], experiment["resources"]
-    train_config(hparams, slots["slots_per_trial"])
+    settings = train_config(hparams, slots["slots_per_trial"])
+    epoch = 90_000 // (settings.batch_size * slots["slots_per_trial"])
+    assert (settings.steps, settings.eval_steps) == (26 * epoch, epoch) == (18278, 703)
+    assert settings.lr_milestones == [16 * epoch, 22 * epoch]
     fetched = []
     monkeypatch.setattr("e2e_utils.storage.sync", lambda *where: fetched.append(where))
     folder = fetch_tiles(hparams)

@@ -122,6 +122,9 @@ def test_right_false_and_missed_are_told_apart_and_counted():
     assert thin[20, 64].tolist() == list(COLORS["right"]) and hidden[0] < hidden[1]
     _, labels = draw_matches(image, TRUTH, FOUND, window=(30, 0, 70, 28), scale=4)
     assert labels == {"right": [], "false": [], "missed": [1]}, "of the window alone"
+    thin, _ = draw_matches(image, TRUTH, FOUND, scale=4, thickness=1)
+    inks = [(np.ptp(drawn, axis=2) > 0).sum() for drawn in (canvas, thin)]
+    assert inks[0] > 1.5 * inks[1] > 0, "a thinner line"
     with pytest.raises(
         ValueError, match=r"window \(30, 0, 101, 28\) .* 100 x 60 pixels"
     ):
