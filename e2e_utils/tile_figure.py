@@ -1,6 +1,6 @@
 """How a scene is cut: the grid, what shrinking loses, one object's tiles, sizes.
 
-Copy: this file, grid.py, drawing.py and visualize.py.
+Copy: this file, grid.py, truth.py, coco.py, files.py, drawing.py and visualize.py.
 """
 
 from __future__ import annotations
