@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,14 @@ _GATEWAY = (
     "-l gateway.envoyproxy.io/owning-gateway-name=kserve-ingress-gateway"
 )
 _MOST = 60  # s that a command may take
+# where kserve_install.sh puts kubectl, which may not be on the path of Jupyter
+_TOOLS = Path(__file__).parents[1] / "runs" / "bin"
+
+
+def _program() -> str:
+    """kubectl of the path, or the one that kserve_install.sh has downloaded."""
+    downloaded = shutil.which("kubectl", path=_TOOLS)
+    return downloaded if downloaded and not shutil.which("kubectl") else "kubectl"
 
 
 def kubectl(context: str, command: str) -> str:
@@ -36,9 +45,9 @@ def kubectl(context: str, command: str) -> str:
 
     Raises:
         RuntimeError: it failed, with its reason; or it took longer than a minute, or
-            kubectl is not there.
+            kubectl is neither on the path nor in runs/bin.
     """
-    words = ("kubectl", "--context", context, *shlex.split(command))
+    words = (_program(), "--context", context, *shlex.split(command))
     try:
         return run_program(*words, seconds=_MOST)
     except RuntimeError as error:
@@ -110,7 +119,7 @@ def gateway(context: str) -> Iterator[str]:
         raise RuntimeError(f"{context} has no gateway named kserve-ingress-gateway")
     arguments = ("port-forward", "-n", "envoy-gateway-system", services[0], ":80")
     forward = subprocess.Popen(
-        ["kubectl", "--context", context, *arguments],
+        [_program(), "--context", context, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

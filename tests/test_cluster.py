@@ -25,9 +25,18 @@ def test_a_cluster_answers_if_it_says_so_and_a_failure_has_kubectls_reason(kubec
 
 def test_without_kubectl_no_cluster_answers(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cluster, "_TOOLS", tmp_path)
     assert not cluster.is_there("kind-x")
     with pytest.raises(RuntimeError, match="get pods: kubectl is not installed"):
         cluster.kubectl("kind-x", "get pods")
+
+
+def test_kubectl_is_found_where_the_install_script_puts_it(monkeypatch, tmp_path):
+    (tmp_path / "kubectl").write_text("#!/bin/sh\necho ok\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(cluster, "_TOOLS", tmp_path)
+    assert cluster.is_there("kind-x")
 
 
 def test_what_the_install_script_would_install_is_told_in_its_order():

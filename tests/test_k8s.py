@@ -1,6 +1,7 @@
 """Manifests against the schemas of their kinds, and the install script's commands."""
 
 import functools
+import hashlib
 import ipaddress
 import json
 import re
@@ -396,9 +397,43 @@ def test_a_dry_run_prints_each_command_and_runs_none(tmp_path):
     assert found == sorted(found)
     assert "knative" not in log and "latest" not in log and "keda" not in log
     assert len(re.findall("^curl", log, re.M)) == 3
-    assert len(re.findall("^sha256sum", log, re.M)) == 3
+    assert len(re.findall("^echo .*[|] sha256sum --check", log, re.M)) == 3
     manifests = re.findall(r"<<YAML\n(.*?)\nYAML", log, re.S)
     assert all(list(yaml.safe_load_all(text)) for text in manifests)
+
+
+def test_its_pipelines_are_lines_to_copy_that_do_what_they_say(tmp_path):
+    """Of the chart's CRDs they apply Envoy Gateway's own; a wrong checksum stops."""
+    own, other = (
+        f"kind: CustomResourceDefinition\nspec:\n  group: {group}\n  scope: Cluster\n"
+        for group in ("gateway.envoyproxy.io", "gateway.networking.k8s.io")
+    )
+    doubles = {
+        "helm": f"cat {tmp_path}/crds",
+        "kubectl": f'echo "$@" > {tmp_path}/asked; cat > {tmp_path}/applied',
+        "curl": "echo 0123  of another file",
+    }
+    for name, body in doubles.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    log = dry_run("--cluster", "mine")
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert run("bash", "-n", "-c", log).returncode == 0
+    (line,) = re.findall("^helm show .*", log, re.M)
+    for crds in ([other, own, other, own], [own, other]):
+        (tmp_path / "crds").write_text("---\n".join(["", *crds]))
+        assert run("bash", "-c", line, env=path).returncode == 0
+        assert (tmp_path / "asked").read_text().startswith("--context kind-mine apply ")
+        applied = list(yaml.safe_load_all((tmp_path / "applied").read_text()))
+        assert applied == [yaml.safe_load(own)] * crds.count(own)
+    line = re.findall("^echo .*sha256sum.*", log, re.M)[0]
+    file = tmp_path / "runs" / "bin" / "kind.part"
+    file.parent.mkdir(parents=True)
+    file.write_text("kind")
+    assert run("bash", "-c", line, env=path, cwd=tmp_path).returncode != 0
+    digest = hashlib.sha256(b"kind").hexdigest()
+    (tmp_path / "curl").write_text(f"#!/bin/sh\necho {digest}  kind-linux\n")
+    assert run("bash", "-c", line, env=path, cwd=tmp_path).returncode == 0
 
 
 def test_the_flags_of_the_install_script():

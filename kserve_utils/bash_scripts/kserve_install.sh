@@ -73,6 +73,9 @@ run() {
   fi
 }
 
+# The same for a pipeline, in one line of shell.
+shell() { if $dry_run; then printf '%s\n' "$*"; else eval "$*"; fi; }
+
 # The same for a manifest on standard input.
 apply() {
   if $dry_run; then
@@ -92,17 +95,11 @@ chart() {
 
 # download FILE SUFFIX URL: appears at FILE only if its checksum is that of URL.SUFFIX
 download() {
-  local file=$1 sum_url=$3.$2 get=(curl --fail --silent --show-error --location)
-  if $dry_run; then
-    run "${get[@]}" --output "$file" "$3"
-    echo "sha256sum --check  # against $sum_url"
-    return
-  fi
-  "${get[@]}" --output "$file.part" "$3"
-  local published
-  published=$("${get[@]}" "$sum_url" | awk '{print $1; exit}')
-  echo "$published  $file.part" | sha256sum --check --quiet
-  mv "$file.part" "$file"
+  local file=$1 get="curl --fail --silent --show-error --location" part
+  part=$(printf %q "$file.part")
+  shell "$get --output $part $3"
+  shell "echo \"\$($get $3.$2 | awk '{print \$1; exit}')  \"$part | sha256sum --check --quiet"
+  run mv "$file.part" "$file"
 }
 
 # a dry run shows the downloads of all tools
@@ -161,17 +158,12 @@ install_gateway() {
   # The chart brings experimental CRDs of the Gateway API too, which the standard ones
   # refuse to have beside them: only Envoy Gateway's own are taken.
   local chart=oci://docker.io/envoyproxy/gateway-helm
-  if $dry_run; then
-    echo "helm show crds $chart --version $ENVOY_GATEWAY_VERSION # gateway.envoyproxy.io"
-    echo "kubectl --context $context apply --server-side --force-conflicts --filename -"
-  else
-    helm show crds "$chart" --version "$ENVOY_GATEWAY_VERSION" 2>/dev/null |
-      awk '/^---/ { if (ours) printf "%s", text; text = ""; ours = 0 }
-        { text = text $0 "\n" }
-        /^  group: gateway\.envoyproxy\.io *$/ { ours = 1 }
-        END { if (ours) printf "%s", text }' |
-      kubectl --context "$context" apply --server-side --force-conflicts --filename -
-  fi
+  local ours='/^---/ { if (ours) printf "%s", text; text = ""; ours = 0 }'
+  # shellcheck disable=SC2016  # $0 is awk's
+  ours+=' { text = text $0 "\n" } /^  group: gateway\.envoyproxy\.io *$/ { ours = 1 }'
+  ours+=' END { if (ours) printf "%s", text }'
+  shell "helm show crds $chart --version $ENVOY_GATEWAY_VERSION | awk '$ours' |" \
+    "kubectl --context $(printf %q "$context") apply --server-side --force-conflicts --filename -"
   chart eg "$chart" --version "$ENVOY_GATEWAY_VERSION" --skip-crds \
     --namespace envoy-gateway-system
   # ClusterIP: kind has no load balancer, requests come in by port-forward

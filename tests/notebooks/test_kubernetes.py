@@ -29,15 +29,22 @@ def test_its_cells_tell_what_would_be_installed_and_what_is_copied(tmp_path):
     assert "kind-kserve does not answer: it was asked nothing" in text
 
 
-def test_it_asks_a_cluster_that_answers_and_no_other(tmp_path, monkeypatch):
+def test_it_asks_a_cluster_that_answers_all_questions_and_no_other_cluster(
+    tmp_path, monkeypatch, capsys
+):
     kubectl = Kubectl(tmp_path, monkeypatch)
-    kubectl.says({"get --raw /readyz": (0, "ok")})
+    fails = {"get httproute": (1, "no such kind"), "logs": (1, "it waits to start")}
+    kubectl.says({"get --raw /readyz": (0, "ok"), **fails, "get events": (0, "Pulled")})
     cells = nbformat.read(FOLDER / "kubernetes.ipynb", as_version=4).cells
     (asks,) = [cell.source for cell in cells if cell.get("id") == "ask-cluster"]
     exec(asks, {"cluster": cluster, "kube_context": "mine"})
     asked = kubectl.asked("mine")
     assert asked[0].startswith("get --raw /readyz")
-    assert [line.split()[0] for line in asked[1:]] == ["get", "get", "logs"]
+    assert [line.split()[0] for line in asked[1:]] == ["get", "get", "get", "logs"]
+    told = capsys.readouterr().out
+    parts = ("no such kind", "Pulled", "it waits to start", "mine answers")
+    places = [told.index(part) for part in parts]
+    assert places == sorted(places)
 
 
 def test_its_commands_are_whole_name_their_context_and_copy_over_nothing(
