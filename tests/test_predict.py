@@ -223,7 +223,7 @@ print(len(found["scores"]), peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it")
-@pytest.mark.parametrize(("compress", "most"), [(None, 200), ("lzw", 300)])
+@pytest.mark.parametrize(("compress", "most"), [(None, 130), ("lzw", 180)])
 def test_a_large_tiff_needs_the_memory_of_some_rows_of_tiles(tmp_path, compress, most):
     shape = (12_000, 12_000, 3)  # 432 MB, sparse: takes no room on the disk
     path = tmp_path / "large.tif"
@@ -236,7 +236,10 @@ def test_a_large_tiff_needs_the_memory_of_some_rows_of_tiles(tmp_path, compress,
             )
     else:
         tifffile.memmap(path, shape=shape, dtype=np.uint8, photometric="rgb")
-    boxes, megabytes = python("-c", PEAK, path).split()
+    # glibc moves its threshold by what was freed before, and leaves none or six holes
+    # of 17 MB by chance; with a fixed one the peak is what is held
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    boxes, megabytes = python("-c", PEAK, path, env=fixed).split()
     assert boxes == "0" and float(megabytes) < most
 
 
