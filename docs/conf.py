@@ -80,7 +80,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 # an indented paragraph below one that is not
 BLOCK = re.compile(r"(^\S.*\n\n)((?:^(?: {4}.*)?\n)*^ {4}.*$)", re.M)
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-STAR = re.compile(r"(`[^`]*`)|\*")
+# of plain text: an example up to the next empty line, code, or a star
+STAR = re.compile(r"(^ *>>> .*(?:\n.*\S.*)*|`[^`]*`)|\*", re.M)
 TITLE, JOINT = re.compile(r"<h1>[\w./]+"), re.compile(r"[./_]")
 
 
@@ -101,6 +102,8 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     def plain(match: re.Match) -> str:
         if match[1] is None:
             return r"\*"
+        if ">>>" in match[1]:
+            return match[1]
         # an argument of this very function is no link to a helper of the same name
         return f":code:{match[1]}" if match[1].strip("`") in own else match[1]
 

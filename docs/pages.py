@@ -98,9 +98,10 @@ def add_modules(site: Site) -> dict[str, list[str]]:
             name = file.removesuffix(".py").replace("/", ".")
             if not name.replace(".", "").isidentifier():  # a script, not to be imported
                 continue
-            title = f"{name}\n{'=' * len(name)}\n\n"
-            page = site.add(file, f"api/{name}.rst", f"{title}.. automodule:: {name}\n")
-            first = opening(site.read(file), ".py")[0].partition("\n")[0]
+            title, text = f"{name}\n{'=' * len(name)}\n\n", site.read(file)
+            title += f".. automodule:: {name}\n"
+            page = site.add(file, f"api/{name}.rst", title)
+            first = opening(text, ".py")[0].partition("\n")[0]
             row = f"- {link(index, name, page)}: {first}\n"
             modules.setdefault(stage_of.get(file, "Others"), {})[page] = row
         rows += f"\n## {package}\n"
@@ -111,35 +112,57 @@ def add_modules(site: Site) -> dict[str, list[str]]:
             text = f"# {stage}\n\n{''.join(pages.values())}{toctree([*pages])}"
             site.text[page] = text
             found[package].append(page)
-    about = "Every function and class that is meant to be called, from its docstring.\n"
+    about = (
+        "Every function and class that is meant to be called, from its docstring; "
+        "{ref}`genindex` has them by name. An example takes what its module imports, "
+        "so begin it with an import such as `from e2e_utils.predict import *`.\n"
+    )
     site.text[index] = f"# All helpers\n\n{about}{rows}"
     found[PACKAGES[0]].insert(0, index)
     return found
 
 
-def add_benchmarks(site: Site) -> str:
-    """A page for each benchmark: what it says of itself, and its code."""
-    results = "benchmarks/README.md"
-    index = site.add("benchmarks", "benchmarks/index.md")
+def add_scripts(site: Site, paths: list[Path], folder: str, note: str = "") -> str:
+    """A page for each script: what it says of itself, and its code.
+
+    Returns:
+        A list of them for `{folder}/index.md`, with their toctree.
+    """
     rows, pages = "", []
-    for path in sorted((site.root / "benchmarks").glob("*.[ps][yh]")):
+    for path in paths:
         file = path.relative_to(site.root).as_posix()
-        text = site.read(file)
-        told, code = opening(text, path.suffix)
+        told, code = opening(site.read(file), path.suffix)
         first, _, rest = told.partition("\n")
-        page = site.add(file, f"benchmarks/{path.stem}.md")
-        measured = f"{link(page, 'What it measured', results)}, and on which machine.\n"
-        head = f"# {file}\n\n{first}\n{rest}\n\n{measured}\n## The script\n\n"
+        page = site.add(file, f"{folder}/{file.removeprefix(f'{folder}/')}.md")
+        head = f"# {file}\n\n{first}\n{rest}\n\n{note}\n## Its code\n\n"
         site.text[page] = head + quoted(code, path.suffix)
         pages.append(page)
-        rows += f"- {link(index, path.name, page)}: {first}\n"
+        rows += f"- {link(f'{folder}/index.md', file, page)}: {first}\n"
+    return rows + toctree(pages)
+
+
+def add_benchmarks(site: Site) -> str:
+    index, results = site.add("benchmarks", "benchmarks/index.md"), "README.md"
+    paths = sorted((site.root / "benchmarks").glob("*.[ps][yh]"))
+    note = f"[What it measured]({results}), and on which machine.\n"
     about = (
-        "Each measures this repository and what it is compared with in one run; "
-        "`make bench` runs all of them, in quick forms. "
-        f"The figures are in the {link(index, 'results', results)}.\n"
+        "Each measures this repository and what it is compared with, if anything, in "
+        "one run; `make bench` runs all of them, in quick forms. "
+        f"The figures are in the [results]({results}).\n"
     )
-    site.text[index] = f"# The benchmarks\n\n{about}\n{rows}{toctree(pages)}"
+    scripts = add_scripts(site, paths, "benchmarks", note)
+    site.text[index] = f"# The scripts of the benchmarks\n\n{about}\n{scripts}"
     return index
+
+
+def add_programs(site: Site) -> str:
+    """Pages of what is run rather than imported: for a cluster, and for the sample."""
+    folders = ("ray_files", "determined_files", "sample_data")
+    paths = [p for name in folders for p in sorted(site.root.glob(f"{name}/[!_]*.py"))]
+    scripts = add_scripts(site, paths, "programs")
+    page = "programs/index.md"
+    site.text[page] = f"# Programs for clusters, and the sample data\n\n{scripts}"
+    return page
 
 
 def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
@@ -162,6 +185,7 @@ def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
         site.add(file, "index.md" if file == "README.md" else file)
     site.page_of["notebooks"] = "index.md"
     modules, benchmarks = add_modules(site), add_benchmarks(site)
+    programs = add_programs(site)
     for file in files:
         text = ELSEWHERE.sub("", site.read(file))
         if repository and file == "README.md":
@@ -184,7 +208,7 @@ def arrange(root: Path, folder: Path, repository: str = "") -> dict[str, str]:
         + toctree([file for file in GUIDE if file in files], "Guide")
         + toctree(modules["e2e_utils"], "Helpers")
         + toctree(modules["kserve_utils"], "Serving")
-        + toctree([benchmarks], "Benchmarks")
+        + toctree([programs, benchmarks], "Programs")
         + toctree([f for f in files if f not in {"README.md", *GUIDE}], "Project")
     )
     site.write(folder)

@@ -2,7 +2,9 @@
 // index, and here they are asked for like other words. The halves of 0.6 would be found
 // everywhere, so decimals stay out.
 const parseQuery = Search._parseQuery;
+const WORDS = [[/\bdatasets?\b/gi, "data set"], [/\bcustom\b/gi, "own"]]; // as it is said here
 Search._parseQuery = (query) => {
+  for (const [word, ours] of WORDS) query = query.replace(word, ours);
   const parsed = parseQuery(query);
   for (const digits of query.match(/(?<![\w.])\d{2,}(?![\w.])/g) ?? [])
     [parsed[1], parsed[3]].forEach((words) => words.add(digits));
@@ -22,7 +24,8 @@ var Scorer = {
   term: 5,
   partialTerm: 2,
   score: (result) => {
-    const [page, , anchor, , score] = result;
+    const [page, , anchor, , found] = result;
+    const score = found + (/^(notebooks\/|FAQ)/.test(page) ? 6 : 0); // the text comes first
     const asked = new URLSearchParams(location.search).get("q").trim().toLowerCase();
     if (anchor) return score;
     for (const [title, places] of Object.entries(Search._index.alltitles)) {

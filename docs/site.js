@@ -1,11 +1,13 @@
-// The page's own entry in the list at the left, and what a search has marked on the page,
-// are brought to where one sees them. (The list is hidden on a phone.)
+// The page's own entry in the list at the left, and what a search has marked on the page
+// that it led to, are brought to where one sees them. (The list is hidden on a phone; a
+// page opened from a file does not know where one comes from.)
 addEventListener("load", () => {
   const entry = document.querySelector(".sidebar-tree .current-page");
   const list = document.querySelector(".sidebar-scroll");
   if (entry && list && matchMedia("(min-width: 64em)").matches)
     list.scrollTop += entry.getBoundingClientRect().top - innerHeight / 2;
-  if (location.hash) return;
+  const from = document.referrer;
+  if (location.hash || (from && !from.includes("/search.html"))) return;
   const shown = () => {
     const marked = document.querySelector("article .highlighted");
     marked?.scrollIntoView({ block: "center" });

@@ -78,7 +78,8 @@ def mistake_close_up(
             `compare.show_mistakes`.
 
     Returns:
-        The picture of `close_up`, and the name of the class that was found, or missed.
+        The picture of `close_up`, and the class that was found, or missed; "called bus"
+        of an object that is no bus.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -104,7 +105,10 @@ def mistake_close_up(
     names = {row["id"]: row["name"] for row in ground_truth["categories"]}
     pixels = read_rgb(Path(image_dir, files[either["image_id"]]), stretch=stretch)
     boxes = _corners(label), _corners(found), _corners(better)
-    return close_up(pixels, *boxes, least=least), names[either["category_id"]]
+    name = names[either["category_id"]]
+    if found and label and found["category_id"] != label["category_id"]:
+        name = f"called {name}"
+    return close_up(pixels, *boxes, least=least), name
 
 
 def _corners(row: Mapping[str, Any] | None) -> list[float] | None:

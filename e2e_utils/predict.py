@@ -69,7 +69,7 @@ def predict_image(
         class_names: index = label, the background first.
 
     Returns:
-        "boxes_xyxy" float32 (N, 4) in pixels, "labels" int64 (N,), 1..60, "scores"
+        "boxes_xyxy" float32 (N, 4) in pixels, "labels" int64 (N,), from 1 up, "scores"
         float32 (N,) in 0..1, descending; with `class_names` also "names", N str.
 
     Example:

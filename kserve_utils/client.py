@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -23,9 +24,18 @@ from urllib3.util import Retry
 
 from e2e_utils.classes import class_names as xview_names
 
-# A busy server is asked again after what its Retry-After says, at most 30 s, or after
-# 0, 1 and 2 s; a connection that fails is not.
-_RETRY = Retry(
+
+class _Retry(Retry):
+    """Waits up to half longer than it is told: a crowd does not return as one."""
+
+    def get_retry_after(self, response: Any) -> float | None:
+        told = super().get_retry_after(response)
+        return told and told * random.uniform(1, 1.5)
+
+
+# A busy server is asked again after what its Retry-After says, of which at most 30 s
+# count, or after 0, 1 and 2 s; a connection that fails is not.
+_RETRY = _Retry(
     total=3,
     connect=0,
     read=False,

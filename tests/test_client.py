@@ -183,7 +183,7 @@ def test_a_busy_server_gets_the_whole_body_again(
     assert len(seen) == 6 and error.value.status == busy
 
 
-def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
+def test_waiting_is_what_the_server_says_and_some_more_or_doubles(double, monkeypatch):
     url, seen, answers = double
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
@@ -191,7 +191,8 @@ def test_waiting_is_what_the_server_says_or_doubles(double, monkeypatch):
         answers.append((429, {"Retry-After": hours}, ""))
     answers += [(503, {}, ""), (200, {}, v2())]
     predict_remote(url, jpeg(), protocol="v2")
-    assert waits == [7, 30, 2] and len(seen) == 4
+    told, capped, doubled = waits
+    assert 7 <= told <= 10.5 and 30 <= capped <= 45 and doubled == 2 and len(seen) == 4
 
 
 FAILURES = [

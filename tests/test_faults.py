@@ -364,7 +364,8 @@ def test_the_record_in_the_docs_is_what_was_measured():
 
 
 def row(fault: str, cells: dict[str, str]) -> str:
-    texts = [cells.get(column, "-").replace("|", "/") for column in COLUMNS]
+    told = [cells.get(column, "-").replace("|", "/") for column in COLUMNS]
+    texts = [cell.replace("<", "&lt;") for cell in told]  # no tag of HTML
     return f"| {fault} | " + " | ".join(texts) + " |"
 
 
