@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from .drawing import COLORS as COLORS  # a part of this module's interface as well
 from .drawing import Color, add_legend, axes, rectangles, scaled
 
 
