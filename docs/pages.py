@@ -133,7 +133,8 @@ def add_scripts(site: Site, paths: list[Path], folder: str, note: str = "") -> s
         file = path.relative_to(site.root).as_posix()
         told, code = opening(site.read(file), path.suffix)
         first, _, rest = told.partition("\n")
-        page = site.add(file, f"{folder}/{file.removeprefix(f'{folder}/')}.md")
+        stem = os.path.splitext(file.removeprefix(f"{folder}/"))[0]
+        page = site.add(file, f"{folder}/{stem}.md")
         head = f"# {file}\n\n{first}\n{rest}\n\n{note}\n## Its code\n\n"
         site.text[page] = head + quoted(code, path.suffix)
         pages.append(page)

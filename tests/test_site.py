@@ -147,6 +147,13 @@ def test_flags_types_and_names_are_shown_as_they_are_written(folder):
     assert "</strong> – " in text
 
 
+def test_examples_are_shown_as_they_run(folder):
+    pages = {file.name: file.read_text() for file in folder.glob("api/*.html")}
+    code = {n: re.findall(r"<pre>.*?</pre>", text, re.S) for n, text in pages.items()}
+    assert sum(len(blocks) for blocks in code.values()) > 100
+    assert [n for n, blocks in code.items() if r"\*" in "".join(blocks)] == []
+
+
 def test_a_helper_that_a_docstring_names_is_a_link_and_an_argument_is_none(folder):
     text = (folder / "api" / "e2e_utils.sliced.html").read_text()
     predict = "e2e_utils.predict.html#e2e_utils.predict.predict_scene"
@@ -160,7 +167,7 @@ def test_the_sidebar_groups_pages_and_a_page_is_called_as_there(folder):
     text = (folder / "index.html").read_text()
     tree = text[text.index('class="sidebar-tree"') : text.index('class="main"')]
     captions = re.findall(r'class="caption-text">([^<]+)<', tree)
-    groups = ["Notebooks", "Guide", "Helpers", "Serving", "Benchmarks", "Project"]
+    groups = ["Notebooks", "Guide", "Helpers", "Serving", "Programs", "Project"]
     assert captions == groups
     entries = re.findall(r'toctree-l1[^>]*><a [^>]*href="([^"]+)">([^<]+)</a>', tree)
     assert len(entries) > 20
