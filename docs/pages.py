@@ -98,10 +98,9 @@ def add_modules(site: Site) -> dict[str, list[str]]:
             name = file.removesuffix(".py").replace("/", ".")
             if not name.replace(".", "").isidentifier():  # a script, not to be imported
                 continue
-            title, text = f"{name}\n{'=' * len(name)}\n\n", site.read(file)
-            title += f".. automodule:: {name}\n"
-            page = site.add(file, f"api/{name}.rst", title)
-            first = opening(text, ".py")[0].partition("\n")[0]
+            title = f"{name}\n{'=' * len(name)}\n\n"
+            page = site.add(file, f"api/{name}.rst", f"{title}.. automodule:: {name}\n")
+            first = opening(site.read(file), ".py")[0].partition("\n")[0]
             row = f"- {link(index, name, page)}: {first}\n"
             modules.setdefault(stage_of.get(file, "Others"), {})[page] = row
         rows += f"\n## {package}\n"
