@@ -212,34 +212,36 @@ def load_detector(checkpoint: dict, path: str | os.PathLike) -> nn.Module:
 
 
 def start_from(
-    model: nn.Module,
     path: str | os.PathLike,
     architecture: str,
     class_names: list[str],
-) -> None:
-    """Give a model the weights of a checkpoint, to train on from there.
+    **settings: Any,
+) -> tuple[nn.Module, dict]:
+    """A detector with the weights and settings of a checkpoint, to train on from there.
 
     Args:
-        model: of `build_model`, in place.
         path: a file that `read_checkpoint` reads.
-        architecture: the model's name.
-        class_names: of its labels, in their order.
+        architecture: that it must have.
+        class_names: of its labels, in their order, that it must have.
+        **settings: of `build_model`, instead of those in the file.
+
+    Returns:
+        (model, settings): the model in training mode, and all its settings.
 
     Raises:
-        ValueError: not such a checkpoint, or one of another architecture, other
-            classes, or other settings that change a weight's shape.
+        ValueError: not such a checkpoint, or one of another architecture or other
+            classes; or a setting changes which weights there are, or their shape.
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> names, models = ["background", "car"], []
+        >>> names, kind = ["background", "car"], "fasterrcnn_small"
         >>> content = describe(TrainConfig("tiles", "out"), {"class_names": names})
-        >>> old, new = (build_model(content["architecture"], 2) for _ in range(2))
-        >>> content["model"] = old.state_dict()
+        >>> content["model"] = build_model(kind, 2).state_dict()
         >>> with TemporaryDirectory() as folder:
         ...     save_checkpoint(f"{folder}/best.pt", content)
-        ...     start_from(new, f"{folder}/best.pt", content["architecture"], names)
-        >>> all(map(torch.equal, old.parameters(), new.parameters()))
-        True
+        ...     model, settings = start_from(f"{folder}/best.pt", kind, names)
+        >>> model.training, settings == content["settings"]
+        (True, True)
     """
     there = read_checkpoint(path)
     if there["architecture"] != architecture:
@@ -254,11 +256,14 @@ def start_from(
         raise ValueError(
             f"init_checkpoint {path} has {old!r} as label {label}, the run {new!r}"
         )
+    settings = resolved_settings(architecture, **{**there["settings"], **settings})
+    model = build_model(architecture, len(learned), **settings)
     try:
         model.load_state_dict(bare_weights(there["model"]))
     except RuntimeError as error:
         kind = {k: v for k, v in there["settings"].items() if k in SHAPES}
         raise ValueError(
-            f"init_checkpoint {path} was trained with other settings, give the run "
+            f"init_checkpoint {path} was trained with other settings, leave the run "
             f"its {kind}: {' '.join(str(error).split())}"[:400]
         ) from error
+    return model, settings

@@ -61,7 +61,8 @@ class TrainConfig:
     model: str = "fasterrcnn_small"  # a name of e2e_utils.models.MODELS
     weights: str | None = None  # "DEFAULT": COCO weights, needs a network
     weights_backbone: str | None = None  # "DEFAULT": ImageNet weights
-    init_checkpoint: str | None = None  # of the same model and classes, to start from
+    # of the same model and classes, to start from; `settings` come from it as well
+    init_checkpoint: str | None = None
     settings: dict = field(default_factory=dict)  # constructor arguments of the model
     augment: dict = field(default_factory=dict)  # arguments of data.default_augment
     steps: int | None = None  # length of the run; instead of epochs

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import asdict, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from .models import build_model, resolved_settings
 from .optim import make_optimizer, make_scheduler
 from .processes import gather, start_process_group
 from .sampling import aspect_ratio_groups, epoch_length, repeat_factors
-from .tile_set import TileSet, read_tile_set
+from .tile_set import read_tile_set
 
 
 class Run:
@@ -73,8 +72,8 @@ class Run:
         state = read_last(config, self.device)
         self.precision = agree_on_precision(config, self.device, state)
         self._open_tiles()
-        check_same_tiles(state, self.tiles, config)
-        self._make_model(begins=not state)
+        self.tiles.check_same(state, config.output_dir)
+        self._make_model(state)
         self.optimizer = make_optimizer(self.model, config, self.world_size)
         self.scheduler = make_scheduler(
             self.optimizer, config, self.steps, self.steps_per_epoch
@@ -102,18 +101,21 @@ class Run:
         self.steps_per_epoch = max(1, tiles // (size * self.world_size))
         self.steps = config.steps or config.epochs * self.steps_per_epoch
 
-    def _make_model(self, begins: bool) -> None:
+    def _make_model(self, state: dict) -> None:
         config, names = self.config, self.train_set.class_names
         torch.manual_seed(config.seed)
-        pretrained = config.weights, config.weights_backbone
-        settings = config.settings
-        if config.init_checkpoint or not begins:
-            # its weights come from a file: the same network, and nothing to download
-            settings = resolved_settings(config.model, *pretrained, **settings)
-            pretrained = None, None
-        model: Any = build_model(config.model, len(names), *pretrained, **settings)
-        if begins and config.init_checkpoint:
-            start_from(model, config.init_checkpoint, config.model, names)
+        kind, settings = config.model, config.settings
+        model: Any
+        if state:  # its weights come from there: nothing to download
+            self.settings = state["settings"]
+            model = build_model(kind, len(names), **self.settings)
+        elif begin := config.init_checkpoint:
+            model, self.settings = start_from(begin, kind, names, **settings)
+        else:
+            pretrained = config.weights, config.weights_backbone
+            self.settings = resolved_settings(kind, *pretrained, **settings)
+            model = build_model(kind, len(names), *pretrained, **self.settings)
+        warn_if_shrunk(self.settings, self.tiles.tile_size)
         layout = memory_format(self.precision)
         self.model = self.eval_model = model.to(self.device, memory_format=layout)
         if config.ema:
@@ -164,6 +166,7 @@ class Run:
         """What its checkpoints say besides the weights."""
         return {
             **describe(self.config, self.tiles.describe()),
+            "settings": self.settings,
             "precision": self.precision,
             "step": self.step,
             "metrics": self.metrics,
@@ -224,8 +227,7 @@ def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     """The configuration whose detector takes tiles of this size without resizing them.
 
     It is that of a model which means to: its min_size is its max_size. Settings that
-    name either of them stay, and so do models that resize on purpose; a warning tells
-    where settings shrink the tiles.
+    name either of them stay, and so do models that resize on purpose.
 
     Example:
         >>> as_they_are(TrainConfig("tiles", "out"), tile_size=512).settings
@@ -233,18 +235,32 @@ def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     """
     own = resolved_settings(config.model)
     sides = {"min_size", "max_size"}
-    given = [v for k, v in config.settings.items() if k in sides and isinstance(v, int)]
-    if min(given, default=tile_size) < tile_size:
-        warnings.warn(
-            f"tiles of {tile_size} px are shrunk to {min(given)} px, and their objects "
-            "with them: settings say so (min_size, max_size)",
-            stacklevel=2,
-        )
     meant = own.get("min_size") is not None and own["min_size"] == own.get("max_size")
-    if not meant or own["min_size"] == tile_size or sides & config.settings.keys():
+    # a checkpoint to start from has settings too, perhaps of another size
+    fits = own.get("min_size") == tile_size and not config.init_checkpoint
+    if not meant or fits or sides & config.settings.keys():
         return config
     fitted = {**config.settings, **dict.fromkeys(sorted(sides), tile_size)}
     return replace(config, settings=fitted)
+
+
+def warn_if_shrunk(settings: dict, tile_size: int) -> None:
+    """A warning if a model's settings let it shrink square tiles of this size.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warn_if_shrunk({"min_size": 300, "max_size": 300}, tile_size=512)
+        >>> len(told)
+        1
+    """
+    given = (settings.get(key) for key in ("min_size", "max_size"))
+    side = min((one for one in given if isinstance(one, int)), default=tile_size)
+    if side < tile_size:
+        warnings.warn(
+            f"tiles of {tile_size} px are shrunk to {side} px, and their objects with "
+            "them: settings say so (min_size, max_size)",
+            stacklevel=2,
+        )
 
 
 def read_last(config: TrainConfig, device: torch.device) -> dict:
@@ -269,28 +285,6 @@ def read_last(config: TrainConfig, device: torch.device) -> dict:
             "a folder that each of them sees"
         )
     return state
-
-
-def check_same_tiles(state: dict, tiles: TileSet, config: TrainConfig) -> None:
-    """ValueError if a run that goes on would learn from tiles of another kind.
-
-    Example:
-        >>> tiles = TileSet(format=1, tile_size=300, overlap=0.2, classes=[], splits={})
-        >>> check_same_tiles({"tile_size": 512}, tiles, TrainConfig("tiles", "out"))
-        Traceback (most recent call last):
-            ...
-        ValueError: out holds a run on tiles with tile_size 512, those of ...
-    """
-    for key, value in tiles.describe().items():
-        before = state.get(key, value)
-        if before != value:
-            if isinstance(value, list):  # the first that differs says enough
-                pairs = zip_longest(before, value)
-                before, value = next(pair for pair in pairs if pair[0] != pair[1])
-            raise ValueError(
-                f"{config.output_dir} holds a run on tiles with {key} {before!r}, "
-                f"those of {config.data_path} have {value!r}: choose another output_dir"
-            )
 
 
 def agree_on_precision(config: TrainConfig, device: torch.device, state: dict) -> str:

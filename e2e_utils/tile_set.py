@@ -10,6 +10,7 @@ scenes from there. A folder has one tile size, overlap, list of classes and stre
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
@@ -107,6 +108,33 @@ class TileSet(msgspec.Struct, kw_only=True, omit_defaults=True):
             "overlap": self.overlap,
             "stretch": self.stretch and self.stretch.to_dict(),
         }
+
+    def check_same(self, state: dict, output_dir: str) -> None:
+        """ValueError if a run that goes on would learn from tiles of another kind.
+
+        Args:
+            state: what last.pt says of the tiles that it began with, see `describe`.
+            output_dir: of the run, for the error.
+
+        Example:
+            >>> grid = {"tile_size": 300, "overlap": 0.2}
+            >>> tiles = TileSet(format=FORMAT, classes=[], splits={}, **grid)
+            >>> tiles.check_same({"tile_size": 512}, "out")
+            Traceback (most recent call last):
+                ...
+            ValueError: out holds a run on tiles with tile_size 512, those of ...
+        """
+        for key, value in self.describe().items():
+            before = state.get(key, value)
+            if before != value:
+                if isinstance(value, list):  # the first that differs says enough
+                    pairs = zip_longest(before, value)
+                    before, value = next(pair for pair in pairs if pair[0] != pair[1])
+                raise ValueError(
+                    f"{output_dir} holds a run on tiles with {key} {before!r}, "
+                    f"those of {self.folder} have {value!r}: choose another "
+                    "output_dir"
+                )
 
     @classmethod
     def read(cls, path: Path) -> TileSet:

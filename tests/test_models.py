@@ -364,14 +364,18 @@ def test_a_checkpoint_gives_back_its_model(tmp_path):
         k.replace("backbone.", "backbone._orig_mod."): v for k, v in renamed.items()
     }
     torch.save({**saved, "model": inside}, tmp_path / "part.pt")
-    fresh = build_model("fasterrcnn_small", 4)
     like = "fasterrcnn_small", saved["class_names"]
-    start_from(fresh, tmp_path / "part.pt", *like)
+    fresh, settings = start_from(tmp_path / "part.pt", *like)
+    assert fresh.training and settings["box_detections_per_img"] == 50
     assert torch.equal(fresh.state_dict()[key], saved["model"][key])
+    other, settings = start_from(tmp_path / "part.pt", *like, min_size=640)
+    assert (
+        other.transform.min_size == (640,) and other.roi_heads.detections_per_img == 50
+    )
     kind = {"settings": {"anchor_sizes": [[16, 20], [32, 40], [64, 80]]}}
     torch.save({**saved, **kind, "model": {}}, tmp_path / "anchors.pt")
-    with pytest.raises(ValueError, match=r"give the run its {'anchor_sizes'.*") as told:
-        start_from(fresh, tmp_path / "anchors.pt", *like)
+    with pytest.raises(ValueError, match=r"leave the run its {'anchor_s.*") as told:
+        start_from(tmp_path / "anchors.pt", *like)
     assert "\n" not in str(told.value)
     torch.save({**saved, "class_names": ["background", "x"]}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model.pt.*do not fit"):

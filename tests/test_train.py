@@ -3,12 +3,15 @@ import json
 import operator
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -25,7 +28,7 @@ from e2e_utils.describe_tiles import describe_split
 from e2e_utils.experiment import train_config
 from e2e_utils.models import build_model, resolved_settings
 from e2e_utils.optim import lr_factor, make_optimizer
-from e2e_utils.run import Run, as_they_are
+from e2e_utils.run import Run, as_they_are, warn_if_shrunk
 from e2e_utils.tile_set import read_tile_set
 from e2e_utils.train import evaluate_split, fit, read_metrics, train_step
 
@@ -37,6 +40,7 @@ TINY = {
 }
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -152,13 +156,57 @@ def test_a_run_from_a_checkpoint_downloads_no_weights(tiles, tmp_path, monkeypat
         raise URLError("no route to host")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
-    coco["settings"] = {"min_size": 96, "max_size": 96}
     begin = str(tmp_path / "begin.pt")
     wanted = config(tiles, tmp_path / "on", init_checkpoint=begin, **coco)
     assert Run(wanted).describe()["settings"] == settings
     fit(dataclasses.replace(wanted, steps=1), progress=False)
+    coco["settings"] = {"min_size": 96, "max_size": 96}
     with pytest.raises(RuntimeError, match="could not be downloaded"):
         Run(config(tiles, tmp_path / "new", **coco))
+
+
+def test_a_run_from_a_checkpoint_takes_its_settings(tiles, tmp_path):
+    """Norm and caps of another run, told by nobody; a setting of the run goes first."""
+    name, names = "fasterrcnn_lite0_fpn", read_tile_set(tiles).class_names
+    caps = {"backbone_norm": "folded", "box_detections_per_img": 50, "min_size": 200}
+    settings = resolved_settings(name, **caps, max_size=200)
+    content = {"architecture": name, "settings": settings, "class_names": names}
+    content["model"] = build_model(name, len(names), **settings).state_dict()
+    begin = tmp_path / "begin.pt"
+    save_checkpoint(begin, content)
+
+    own = {"model": name, "steps": 1, "init_checkpoint": str(begin)}
+    own["settings"] = {"rpn_post_nms_top_n_test": 70}
+    fit(config(tiles, tmp_path / "on", **own), progress=False)
+    begin.unlink()  # a run that goes on has its own
+    begun = Run(config(tiles, tmp_path / "on", **own))
+    sides = dict.fromkeys(("min_size", "max_size"), 96)  # these tiles enter as they are
+    assert begun.describe()["settings"] == {**settings, **sides, **own["settings"]}
+    assert begun.model.roi_heads.detections_per_img == 50
+
+
+def test_the_command_of_the_faq_goes_on_from_a_detector_of_notebook_3(tiles, tmp_path):
+    faq = (ROOT / "FAQ.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python (-m e2e_utils\.train --init.*)", faq, re.M)
+    name, names = RECIPES["sample"]["model"], read_tile_set(tiles).class_names
+    settings = resolved_settings(name, None, RECIPES["sample"]["weights_backbone"])
+    content = {"architecture": name, "settings": settings, "class_names": names}
+    content["model"] = build_model(name, len(names), **settings).state_dict()
+    there = tmp_path / "runs" / "own" / "training"
+    there.mkdir(parents=True)
+    save_checkpoint(there / "best.pt", content)
+    shutil.copytree(tiles, tmp_path / "runs" / "new_place" / "tiles")
+    short = ["--steps", "1", "--settings", '{"min_size": 96, "max_size": 96}']
+    found = {"PYTHONPATH": str(ROOT)}
+    python(*shlex.split(command), *short, cwd=tmp_path, env=found)
+    written = tmp_path / "runs" / "new_place" / "training" / "last.pt"
+    begun = torch.load(written, weights_only=True)["settings"]
+    assert begun["backbone_norm"] == "folded" and begun["min_size"] == 96
+
+
+def test_tiles_of_the_usual_size_are_not_enlarged_to_those_of_a_checkpoint(tiles):
+    begin = config(tiles, "x", settings={}, init_checkpoint="of_512_px.pt")
+    assert as_they_are(begin, 300).settings == {"min_size": 300, "max_size": 300}
 
 
 def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
@@ -266,8 +314,11 @@ def test_a_model_that_does_not_resize_follows_the_size_of_its_tiles(tiles):
         (config(tiles, "x", settings={}, model="ssd300_vgg16"), 512),
     ):
         assert as_they_are(kept, size) is kept
+    settings = from_recipe("xview", "tiles", "out").settings
     with pytest.warns(UserWarning, match="tiles of 512 px are shrunk to 300 px"):
-        as_they_are(from_recipe("xview", "tiles", "out"), 512)
+        warn_if_shrunk(settings, 512)
+    warn_if_shrunk(settings, 300)
+    warn_if_shrunk({"min_size": [640, 800]}, 512)  # torchvision draws one of them
 
 
 def test_augment_reaches_the_tiles_and_an_unknown_name_or_value_is_quoted(
