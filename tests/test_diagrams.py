@@ -48,8 +48,8 @@ def test_the_diagrams_figures_of_iou_are_those_of_its_boxes():
     found = {"label": [], "found": []}
     for rect in root.iter(f"{SVG}rect"):
         x, y, *size = (float(rect.get(name)) for name in ("x", "y", "width", "height"))
-        if rect.get("class") in found and size == [117, 117]:  # 13 px of 9 units each
-            found[rect.get("class")].append([x, y, x + 117, y + 117])
+        if rect.get("class") in found and size == [120, 64]:  # 15 x 8 px, 8 units each
+            found[rect.get("class")].append([x, y, x + 120, y + 64])
     boxes = [np.array(rows) for rows in found.values()]
     panel = np.arange(3)
     a, _, iou = iou_pairs(boxes[0], panel, boxes[1], panel, 0.01)
@@ -59,6 +59,6 @@ def test_the_diagrams_figures_of_iou_are_those_of_its_boxes():
     ]
     shares = [int(n) / int(of) for n, of in re.findall(r"(\d+) / (\d+)", text)]
     assert shares == pytest.approx(iou[np.argsort(a)])
-    limit = 13 - (13**2 * 2 / 3) ** 0.5  # (13 - s)^2 = 0.5 * (2 * 13^2 - (13 - s)^2)
+    limit = min(np.roots([1, -(15 + 8), 15 * 8 / 3]))  # (15 - s) (8 - s) = 2/3 * 15 * 8
     assert f"a shift of {limit:.1f} px" in text
     assert f"an IoU of {97**2 / (2 * 100**2 - 97**2):.2f}" in text
