@@ -117,6 +117,27 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(pieces).splitlines()
 
 
+def contents(app, what, name, obj, options, lines: list[str]) -> None:
+    """A module begins with what it has, and with what its examples take for granted."""
+    if what != "module":
+        return
+    public = {k: v for k, v in vars(obj).items() if not k.startswith("_")}
+    own = {
+        key: inspect.getdoc(value)
+        for key, value in public.items()
+        if getattr(value, "__module__", "") == name
+        and (inspect.isfunction(value) or inspect.isclass(value))
+    }
+    if any(">>>" in (told or "") for told in own.values()):
+        lines += ["", f"Its examples begin with ``from {name} import *``.", ""]
+    if len(own) > 1:
+        lines += [""]
+        for key, told in own.items():
+            first = STAR.sub(lambda m: m[1] or r"\*", (told or "").partition("\n")[0])
+            lines += [f"- `{key}`: {first}"]
+        lines += [""]
+
+
 def defaults(app, what, name, obj, options, signature, result):
     """A dataclass's `<factory>` is no Python: Sphinx could not read the types."""
     return (signature or "").replace("<factory>", "...") or None, result
@@ -197,5 +218,6 @@ def setup(app: Sphinx) -> None:
 
     app.connect("html-page-context", page_links)
     app.connect("autodoc-process-docstring", plain_text, priority=400)
+    app.connect("autodoc-process-docstring", contents, priority=401)
     app.connect("autodoc-process-signature", defaults)
     app.connect("doctree-read", dashes_and_pictures)

@@ -35,6 +35,9 @@ SERVING = {
     "The handler of TorchServe": "torchserve_utils",
 }
 
+PROGRAMS = {"ray_files": "Ray", "determined_files": "Determined"}
+PROGRAMS["sample_data"] = "Sample data"
+
 # what the site leaves out: a picture that another host draws, how to make the site
 ELSEWHERE = re.compile(r"^(\[!\[|\| read all of it as web pages).*\n", re.M)
 
@@ -108,20 +111,27 @@ def add_modules(site: Site) -> dict[str, list[str]]:
         for stage, pages in modules.items():
             rows += f"\n### {stage}\n\n{''.join(pages.values())}"
             page = f"api/{'-'.join(re.findall(r'[a-z]+', stage.lower()))}.md"
-            text = f"# {stage}\n\n{''.join(pages.values())}{toctree([*pages])}"
-            site.text[page] = text
+            # at the left without the package, of which the names would not fit
+            short = [p[4:-4].split(".", 1)[1] for p in pages]  # api/NAME.rst
+            tree = toctree([*pages], titles=short)
+            site.text[page] = f"# {stage}\n\n{''.join(pages.values())}{tree}"
             found[package].append(page)
     about = (
         "Every function and class that is meant to be called, from its docstring; "
-        "{ref}`genindex` has them by name. An example takes what its module imports, "
-        "so begin it with an import such as `from e2e_utils.predict import *`.\n"
+        "{ref}`genindex` has them by name.\n"
     )
     site.text[index] = f"# All helpers\n\n{about}{rows}"
     found[PACKAGES[0]].insert(0, index)
     return found
 
 
-def add_scripts(site: Site, paths: list[Path], folder: str, note: str = "") -> str:
+def add_scripts(
+    site: Site,
+    paths: list[Path],
+    folder: str,
+    note: str = "",
+    titles: list[str] | None = None,
+) -> str:
     """A page for each script: what it says of itself, and its code.
 
     Returns:
@@ -138,7 +148,7 @@ def add_scripts(site: Site, paths: list[Path], folder: str, note: str = "") -> s
         site.text[page] = head + quoted(code, path.suffix)
         pages.append(page)
         rows += f"- {link(f'{folder}/index.md', file, page)}: {first}\n"
-    return rows + toctree(pages)
+    return rows + toctree(pages, titles=titles)
 
 
 def add_benchmarks(site: Site) -> str:
@@ -157,11 +167,13 @@ def add_benchmarks(site: Site) -> str:
 
 def add_programs(site: Site) -> str:
     """Pages of what is run rather than imported: for a cluster, and for the sample."""
-    folders = ("ray_files", "determined_files", "sample_data")
-    paths = [p for name in folders for p in sorted(site.root.glob(f"{name}/[!_]*.py"))]
-    scripts = add_scripts(site, paths, "programs")
-    page = "programs/index.md"
-    site.text[page] = f"# Programs for clusters, and the sample data\n\n{scripts}"
+    page, text = "programs/index.md", "# Programs for clusters, and the sample data\n"
+    for folder, title in PROGRAMS.items():
+        paths = sorted(site.root.glob(f"{folder}/[!_]*.py"))
+        titles = [f"{title}: {path.name}" for path in paths]
+        scripts = add_scripts(site, paths, "programs", titles=titles)
+        text += f"\n## {title}\n\n{scripts}"
+    site.text[page] = text
     return page
 
 

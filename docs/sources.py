@@ -136,7 +136,13 @@ def quoted(text: str, suffix: str) -> str:
     return f"`````{LANGUAGES.get(suffix, 'text')}\n{text.rstrip()}\n`````\n"
 
 
-def toctree(pages: list[str], caption: str = "") -> str:
+def toctree(
+    pages: list[str], caption: str = "", titles: list[str] | None = None
+) -> str:
+    """The sidebar's entries; `titles` instead of the pages' own, if given."""
     head = f":caption: {caption}\n" if caption else ""
-    names = "\n".join(f"/{os.path.splitext(page)[0]}" for page in pages)
+    names = [f"/{os.path.splitext(page)[0]}" for page in pages]
+    if titles:
+        names = [f"{t} <{name}>" for t, name in zip(titles, names, strict=True)]
+    names = "\n".join(names)
     return f"\n```{{toctree}}\n:hidden:\n{head}\n{names}\n```\n"

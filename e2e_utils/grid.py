@@ -4,6 +4,9 @@ Copy: this file. (It needs numpy only, so that prediction does not need what cut
 data set needs.)
 """
 
+import warnings
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -49,6 +52,29 @@ def tile_grid(height: int, width: int, size: int, overlap: float) -> np.ndarray:
     y, x = (side.ravel() for side in np.meshgrid(y1, x1, indexing="ij"))
     ends = np.minimum(x + size, width), np.minimum(y + size, height)
     return np.stack([x, y, *ends], axis=1)
+
+
+def warn_if_small(scenes: Sequence[tuple[int, int]], size: int) -> None:
+    """A warning of scenes without room for a tile: detectors enlarge them to its size.
+
+    Args:
+        scenes: (height, width) of each in pixels.
+        size: side of a tile in pixels.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warn_if_small([(400, 400), (1230, 1240)], size=512)
+        >>> str(told[0].message)
+        '1 of 2 scenes have less than 512 px a side, the size of a tile ...'
+    """
+    longest = [max(sides) for sides in scenes if max(sides) < size]
+    if longest:
+        warnings.warn(
+            f"{len(longest)} of {len(scenes)} scenes have less than {size} px a side, "
+            f"the size of a tile (the smallest {min(longest)} px): a detector enlarges "
+            "them, and their objects with them. Train and predict in smaller tiles",
+            stacklevel=3,
+        )
 
 
 def clip_to_tiles(

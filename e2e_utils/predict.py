@@ -36,7 +36,7 @@ from .georeference import (
     read_georeference,
     write_boxes,
 )
-from .grid import tile_grid
+from .grid import tile_grid, warn_if_small
 from .hardware import find_device
 from .images import is_url
 from .scenes import FailedScenes, open_scene
@@ -144,6 +144,7 @@ def predict_scene(
     """
     with open_scene(image, stretch=stretch) as scene:
         place = georeference_of(scene)
+        warn_if_small([(scene.height, scene.width)], size)
         table = predict_tiles(
             model,
             scene,

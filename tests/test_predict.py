@@ -1,5 +1,6 @@
 import json
 import re
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_a_scene_gives_each_object_once_at_its_place():
     assert found["labels"].tolist() == [3] * 4
     assert found["boxes_xyxy"].dtype == np.float32
     assert found["labels"].dtype == np.int64
+
+
+def test_a_scene_smaller_than_a_tile_is_told_of():
+    model, image = BrightSquares().eval(), square_scene([(10, 10)])[:200, :250]
+    with pytest.warns(UserWarning, match="less than 300 px .* enlarges"):
+        predict_scene(model, image, 300, 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict_scene(model, image, 250, 0.2)  # one side is as long as a tile
 
 
 def test_a_part_at_a_border_gives_way_to_the_whole():

@@ -122,11 +122,22 @@ def test_a_word_is_found_by_the_search(site, page):  # noqa: F811
     page.locator("ul.search li a", has_text="2. Data preparation").wait_for()
     page.wait_for_load_state("networkidle")
     page.goto(f"{site}/search.html?q=NMS")
+    page.locator("ul.search li a", has_text="3. Training").first.wait_for()
+    page.wait_for_load_state("networkidle")
     page.locator("ul.search li a", has_text="3. Training").first.click()
     page.wait_for_function(IN_VIEW, arg="article .highlighted")
     page.goto(f"{site}/api/kserve_utils.servers.html")
     page.wait_for_function(IN_VIEW, arg=".sidebar-tree .current-page")
     assert page.complaints == []
+
+
+def test_a_page_of_helpers_begins_with_what_it_has_and_with_the_import(folder):
+    text = (folder / "api" / "e2e_utils.tiling.html").read_text()
+    article = text[text.index("<article") :]
+    entry = article.index('id="e2e_utils.tiling.slice_coco"')
+    assert 0 < article.index('href="#e2e_utils.tiling.slice_coco"') < entry
+    assert 0 < article.index("Its examples begin with") < entry
+    assert ">tile_set</a>" in text and ">Ray: train.py</a>" in text  # at the left
 
 
 def test_contents_stand_in_the_text_or_beside_it(site, page):  # noqa: F811

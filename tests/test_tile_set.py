@@ -217,6 +217,12 @@ def test_scenes_that_fail_are_named_after_both_splits_are_done(tmp_path):
     assert {*read_tile_set(tmp_path / "tiles").splits} == {"train", "val"}
 
 
+def test_scenes_smaller_than_a_tile_are_told_of(tmp_path):
+    labels, out = write_scenes(tmp_path / "scenes", side=96), tmp_path / "tiles"
+    with pytest.warns(UserWarning, match=r"3 of 3 .* 200 px .*smallest 156 px"):
+        prepare_tiles(tmp_path / "scenes", labels, out, slice_size=200)
+
+
 def test_own_data_goes_from_scenes_to_a_served_prediction(own, tmp_path, one_thread):
     from e2e_utils.predict import predict_scene
     from kserve_utils.artefact import read_tiles, write_artefact
