@@ -17,6 +17,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from commands import python
+from own_data import CLASSES, write_scenes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models._api import WeightsEnum
@@ -185,23 +186,27 @@ def test_a_run_from_a_checkpoint_takes_its_settings(tiles, tmp_path):
     assert begun.model.roi_heads.detections_per_img == 50
 
 
-def test_the_command_of_the_faq_goes_on_from_a_detector_of_notebook_3(tiles, tmp_path):
+def test_the_commands_of_the_faq_go_on_from_a_detector_of_notebook_3(tmp_path):
     faq = (ROOT / "FAQ.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"^python (-m e2e_utils\.train --init.*)", faq, re.M)
-    name, names = RECIPES["sample"]["model"], read_tile_set(tiles).class_names
+    section = faq.split("### Can I go on from a trained checkpoint?")[1].split("###")[0]
+    commands = re.findall(r"^python (-m .*)", section, re.M)
+    labels = write_scenes(tmp_path / "scenes")
+    name = RECIPES["sample"]["model"]
+    names = ["background", *(CLASSES[key] for key in sorted(CLASSES))]
     settings = resolved_settings(name, None, RECIPES["sample"]["weights_backbone"])
     content = {"architecture": name, "settings": settings, "class_names": names}
     content["model"] = build_model(name, len(names), **settings).state_dict()
-    there = tmp_path / "runs" / "own" / "training"
-    there.mkdir(parents=True)
-    save_checkpoint(there / "best.pt", content)
-    shutil.copytree(tiles, tmp_path / "runs" / "new_place" / "tiles")
-    short = ["--steps", "1", "--settings", '{"min_size": 96, "max_size": 96}']
-    found = {"PYTHONPATH": str(ROOT)}
-    python(*shlex.split(command), *short, cwd=tmp_path, env=found)
+    old = tmp_path / "runs" / "own" / "training"
+    old.mkdir(parents=True)
+    save_checkpoint(old / "best.pt", content)
+
+    places = {"/path/to/scenes": tmp_path / "scenes", "/path/to/labels.json": labels}
+    for command, short in zip(commands, ([], ["--steps", "1"]), strict=True):
+        words = [places.get(word, word) for word in shlex.split(command)]
+        python(*words, *short, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     written = tmp_path / "runs" / "new_place" / "training" / "last.pt"
     begun = torch.load(written, weights_only=True)["settings"]
-    assert begun["backbone_norm"] == "folded" and begun["min_size"] == 96
+    assert begun["backbone_norm"] == "folded" and begun["min_size"] == 512
 
 
 def test_tiles_of_the_usual_size_are_not_enlarged_to_those_of_a_checkpoint(tiles):
