@@ -17,3 +17,8 @@ addEventListener("load", () => {
     new MutationObserver((_, observer) => shown() && observer.disconnect()).observe(
       document.querySelector("article"), { childList: true, subtree: true });
 });
+
+// A click in the contents that lie over a narrow page leads to the page.
+addEventListener("click", ({ target }) => {
+  if (target.closest(".toc-drawer a")) document.getElementById("__toc").checked = false;
+});

@@ -109,10 +109,12 @@ def predict_scene(
             or the URL of a TIFF, see `scenes.open_scene`. Of a TIFF some rows of tiles
             are in memory at a time; PNG and JPEG are decoded whole, height x width x 3
             bytes.
-        size, overlap: of the tile grid; take those that the model was trained with.
+        size: side of the tiles in pixels; take that of the training.
+        overlap: share of the side that neighbours have in common, 0..1, as in training.
         batch_size: tiles a forward pass.
-        score_threshold: drop boxes below, 0..1, before the merge: a part that an unsure
-            larger box would have absorbed stays. Filter after it for the fewest boxes.
+        score_threshold: drop boxes below, 0..1, before the merge. A large box below it
+            then removes no parts of its object: pass 0.05 and filter afterwards for the
+            fewest boxes.
         nms_threshold: of two boxes of one class whose IoU is above, the better stays.
         border: a box that ends within so many pixels of a border inside the scene is
             taken for a part, and dropped where a larger box of its class covers most

@@ -140,6 +140,17 @@ def test_a_page_of_helpers_begins_with_what_it_has_and_with_the_import(folder):
     assert ">tile_set</a>" in text and ">Ray: train.py</a>" in text  # at the left
 
 
+def test_contents_over_the_page_go_when_one_is_chosen(site, page):  # noqa: F811
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{site}/notebooks/02_data_prep.html")
+    page.locator("label.toc-header-icon, label.toc-overlay-icon").locator(
+        "visible=true"
+    ).first.click()
+    assert page.locator("#__toc").is_checked()
+    page.locator(".toc-drawer a[href='#get-the-data']").click()
+    page.wait_for_function("!document.getElementById('__toc').checked")
+
+
 def test_contents_stand_in_the_text_or_beside_it(site, page):  # noqa: F811
     listed = page.locator("article a[href='#get-the-data']").first
     for width, shown in ((1280, True), (1440, False)):
