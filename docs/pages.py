@@ -35,8 +35,11 @@ SERVING = {
     "The handler of TorchServe": "torchserve_utils",
 }
 
-PROGRAMS = {"ray_files": "Ray", "determined_files": "Determined"}
-PROGRAMS["sample_data"] = "Sample data"
+PROGRAMS = {
+    "ray_files": "Ray",
+    "determined_files": "Determined",
+    "sample_data": "Sample data",
+}
 
 # what the site leaves out: a picture that another host draws, how to make the site
 ELSEWHERE = re.compile(r"^(\[!\[|\| read all of it as web pages).*\n", re.M)

@@ -215,6 +215,7 @@ def start_from(
     path: str | os.PathLike,
     architecture: str,
     class_names: list[str],
+    tile_size: int,
     **settings: Any,
 ) -> tuple[nn.Module, dict]:
     """A detector with the weights and settings of a checkpoint, to train on from there.
@@ -223,6 +224,8 @@ def start_from(
         path: a file that `read_checkpoint` reads.
         architecture: that it must have.
         class_names: of its labels, in their order, that it must have.
+        tile_size: side of the tiles to train on in pixels. They are resized by the
+            factor by which those of the checkpoint were, most often 1.
         **settings: of `build_model`, instead of those in the file.
 
     Returns:
@@ -239,7 +242,7 @@ def start_from(
         >>> content["model"] = build_model(kind, 2).state_dict()
         >>> with TemporaryDirectory() as folder:
         ...     save_checkpoint(f"{folder}/best.pt", content)
-        ...     model, settings = start_from(f"{folder}/best.pt", kind, names)
+        ...     model, settings = start_from(f"{folder}/best.pt", kind, names, 300)
         >>> model.training, settings == content["settings"]
         (True, True)
     """
@@ -256,7 +259,12 @@ def start_from(
         raise ValueError(
             f"init_checkpoint {path} has {old!r} as label {label}, the run {new!r}"
         )
-    settings = resolved_settings(architecture, **{**there["settings"], **settings})
+    own, old_size = there["settings"], there.get("tile_size")
+    if old_size and isinstance(side := own.get("min_size"), int):
+        if side == own.get("max_size"):
+            side = round(side * tile_size / old_size)
+            own = {**own, "min_size": side, "max_size": side}
+    settings = resolved_settings(architecture, **{**own, **settings})
     model = build_model(architecture, len(learned), **settings)
     try:
         model.load_state_dict(bare_weights(there["model"]))

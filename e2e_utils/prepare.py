@@ -18,7 +18,6 @@ import numpy as np
 
 from .coco import Coco, read_coco, write_coco
 from .describe_tiles import start_split
-from .grid import warn_if_small
 from .scenes import STRIP_PIXELS, FailedScenes, open_scene
 from .stretch import Stretch, as_stretch, is_alike, percentile_stretch
 from .tiling import TilingReport, checked_size, slice_coco
@@ -255,8 +254,6 @@ def prepare_tiles(
         paths = [Path(image_dir, image.file_name) for image in images]
         record = measure_stretch(paths, percentile, bands)
     reports, failure = {}, None
-    images = [image for file in files for image in read_coco(file, strict=False).images]
-    warn_if_small([(image.height, image.width) for image in images], slice_size)
     for split, file in zip(("train", "val"), files, strict=True):
         try:
             reports[split] = slice_coco(

@@ -110,7 +110,8 @@ class Run:
             self.settings = state["settings"]
             model = build_model(kind, len(names), **self.settings)
         elif begin := config.init_checkpoint:
-            model, self.settings = start_from(begin, kind, names, **settings)
+            size = self.tiles.tile_size
+            model, self.settings = start_from(begin, kind, names, size, **settings)
         else:
             pretrained = config.weights, config.weights_backbone
             self.settings = resolved_settings(kind, *pretrained, **settings)
@@ -227,7 +228,8 @@ def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     """The configuration whose detector takes tiles of this size without resizing them.
 
     It is that of a model which means to: its min_size is its max_size. Settings that
-    name either of them stay, and so do models that resize on purpose.
+    name either of them stay, and so do models that resize on purpose; and a run from
+    a checkpoint, whose settings `start_from` takes.
 
     Example:
         >>> as_they_are(TrainConfig("tiles", "out"), tile_size=512).settings
@@ -236,8 +238,7 @@ def as_they_are(config: TrainConfig, tile_size: int) -> TrainConfig:
     own = resolved_settings(config.model)
     sides = {"min_size", "max_size"}
     meant = own.get("min_size") is not None and own["min_size"] == own.get("max_size")
-    # a checkpoint to start from has settings too, perhaps of another size
-    fits = own.get("min_size") == tile_size and not config.init_checkpoint
+    fits = own.get("min_size") == tile_size or config.init_checkpoint
     if not meant or fits or sides & config.settings.keys():
         return config
     fitted = {**config.settings, **dict.fromkeys(sorted(sides), tile_size)}

@@ -29,7 +29,7 @@ from .coco import (
     write_coco,
 )
 from .describe_tiles import describe_split, start_split
-from .grid import clip_to_tiles, tile_grid
+from .grid import clip_to_tiles, tile_grid, warn_if_small
 from .scenes import FailedScenes
 from .stretch import Stretch, as_stretch
 from .tile_files import Tiles, start_manifest, write_tiles
@@ -258,6 +258,7 @@ def slice_coco(
         manifest=out / f"{split}_{tag}{MANIFEST}",
     )
     coco = read_coco(coco_json, strict=False)
+    warn_if_small([(image.height, image.width) for image in coco.images], slice_size)
     scenes = _plan(coco, report, slice_size, overlap_ratio, min_area_ratio)
     start_split(out, split, slice_size, overlap_ratio, coco.categories, record)
     coco.annotations.clear()

@@ -364,7 +364,7 @@ def test_a_checkpoint_gives_back_its_model(tmp_path):
         k.replace("backbone.", "backbone._orig_mod."): v for k, v in renamed.items()
     }
     torch.save({**saved, "model": inside}, tmp_path / "part.pt")
-    like = "fasterrcnn_small", saved["class_names"]
+    like = "fasterrcnn_small", saved["class_names"], 300
     fresh, settings = start_from(tmp_path / "part.pt", *like)
     assert fresh.training and settings["box_detections_per_img"] == 50
     assert torch.equal(fresh.state_dict()[key], saved["model"][key])

@@ -169,19 +169,19 @@ def test_a_run_from_a_checkpoint_downloads_no_weights(tiles, tmp_path, monkeypat
 def test_a_run_from_a_checkpoint_takes_its_settings(tiles, tmp_path):
     """Norm and caps of another run, told by nobody; a setting of the run goes first."""
     name, names = "fasterrcnn_lite0_fpn", read_tile_set(tiles).class_names
-    caps = {"backbone_norm": "folded", "box_detections_per_img": 50, "min_size": 200}
-    settings = resolved_settings(name, **caps, max_size=200)
+    caps = {"backbone_norm": "folded", "box_detections_per_img": 50, "min_size": 128}
+    settings = resolved_settings(name, **caps, max_size=128)  # tiles enter enlarged
     content = {"architecture": name, "settings": settings, "class_names": names}
     content["model"] = build_model(name, len(names), **settings).state_dict()
     begin = tmp_path / "begin.pt"
-    save_checkpoint(begin, content)
+    save_checkpoint(begin, {**content, "tile_size": 64})
 
     own = {"model": name, "steps": 1, "init_checkpoint": str(begin)}
     own["settings"] = {"rpn_post_nms_top_n_test": 70}
     fit(config(tiles, tmp_path / "on", **own), progress=False)
     begin.unlink()  # a run that goes on has its own
     begun = Run(config(tiles, tmp_path / "on", **own))
-    sides = dict.fromkeys(("min_size", "max_size"), 96)  # these tiles enter as they are
+    sides = dict.fromkeys(("min_size", "max_size"), 192)  # twofold, as before
     assert begun.describe()["settings"] == {**settings, **sides, **own["settings"]}
     assert begun.model.roi_heads.detections_per_img == 50
 
@@ -195,6 +195,7 @@ def test_the_commands_of_the_faq_go_on_from_a_detector_of_notebook_3(tmp_path):
     names = ["background", *(CLASSES[key] for key in sorted(CLASSES))]
     settings = resolved_settings(name, None, RECIPES["sample"]["weights_backbone"])
     content = {"architecture": name, "settings": settings, "class_names": names}
+    content |= {"tile_size": 300}
     content["model"] = build_model(name, len(names), **settings).state_dict()
     old = tmp_path / "runs" / "own" / "training"
     old.mkdir(parents=True)
@@ -207,11 +208,6 @@ def test_the_commands_of_the_faq_go_on_from_a_detector_of_notebook_3(tmp_path):
     written = tmp_path / "runs" / "new_place" / "training" / "last.pt"
     begun = torch.load(written, weights_only=True)["settings"]
     assert begun["backbone_norm"] == "folded" and begun["min_size"] == 512
-
-
-def test_tiles_of_the_usual_size_are_not_enlarged_to_those_of_a_checkpoint(tiles):
-    begin = config(tiles, "x", settings={}, init_checkpoint="of_512_px.pt")
-    assert as_they_are(begin, 300).settings == {"min_size": 300, "max_size": 300}
 
 
 def test_the_best_checkpoint_is_that_of_the_metric(tiles, tmp_path):
